@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from vllm_mixprec.routing.fused import Unit, group_units, parse_expert
+
+
+def test_siblings_of_a_fused_layer_are_one_unit_in_stacking_order() -> None:
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "kqov"]
+    fused, single = group_units(names)
+    assert fused == Unit(
+        "model.layers.0.self_attn.{q_proj,k_proj,v_proj}",
+        "linear",
+        tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv"),
+    )
+    assert single.modules == ("model.layers.0.self_attn.o_proj",)
+
+
+def test_all_projections_of_one_expert_are_one_unit() -> None:
+    layer = "model.layers.3.mlp.experts"
+    names = [f"{layer}.{e}.{p}_proj" for e in (0, 12) for p in ("down", "gate", "up")]
+    first, second = group_units(names)
+    assert (first.name, first.kind) == (f"{layer}.0", "experts")
+    assert second.modules == tuple(f"{layer}.12.{p}_proj" for p in ("gate", "up", "down"))
+
+
+def test_mixtral_projections_are_ordered_w1_w3_w2() -> None:
+    layer = "model.layers.0.block_sparse_moe.experts.7"
+    (unit,) = group_units([f"{layer}.w1", f"{layer}.w2", f"{layer}.w3"])
+    assert unit.modules == (f"{layer}.w1", f"{layer}.w3", f"{layer}.w2")
+
+
+def test_shared_expert_is_a_fused_layer_and_no_routed_expert() -> None:
+    parent = "model.layers.3.mlp.shared_experts"
+    units = group_units([f"{parent}.{p}_proj" for p in ("down", "gate", "up")])
+    assert [unit.name for unit in units] == [
+        f"{parent}.down_proj",
+        f"{parent}.{{gate_proj,up_proj}}",
+    ]
+    assert {unit.kind for unit in units} == {"linear"}
+
+
+def test_same_leaf_under_other_parents_is_not_fused() -> None:
+    units = group_units(["model.layers.0.a.q_proj", "model.layers.0.b.k_proj"])
+    assert [unit.name for unit in units] == ["model.layers.0.a.q_proj", "model.layers.0.b.k_proj"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.experts.x.gate_proj",
+        "model.layers.0.mlp.experts.0.norm",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "gate_proj",
+    ],
+)
+def test_other_modules_are_no_experts(name: str) -> None:
+    assert parse_expert(name) is None

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from vllm_mixprec.errors import RouteError
+from vllm_mixprec.routing import Layout
+from vllm_mixprec.routing.parallel import (
+    ModelDims,
+    Placement,
+    Shard,
+    shard_weight,
+    split_experts,
+    split_layers,
+)
+
+DIMS = ModelDims(num_layers=4, num_heads=8, num_kv_heads=2, num_experts=16, tied_embeddings=False)
+
+
+def shard(leaf: str, shape: tuple[int, ...], tp_size: int, expert: bool = False, ep: bool = False):
+    return shard_weight(leaf, shape, expert, Layout(tp_size, expert_parallel=ep), DIMS)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "shape", "tp_size", "expected"),
+    [
+        ("q_proj", (512, 256), 4, Shard(128, 256, rows_cut=True)),
+        ("o_proj", (256, 512), 4, Shard(256, 128, columns_cut=True)),
+        ("k_proj", (128, 256), 2, Shard(64, 256, rows_cut=True)),
+        ("gate", (16, 256), 4, Shard(16, 256)),
+        ("input_layernorm", (256,), 4, Shard(256, 1)),
+        ("lm_head", (100, 256), 4, Shard(32, 256, rows_cut=True)),
+    ],
+)
+def test_weights_are_cut_as_vllm_cuts_them(
+    leaf: str, shape: tuple[int, ...], tp_size: int, expected: Shard
+) -> None:
+    assert shard(leaf, shape, tp_size) == expected
+
+
+def test_kv_heads_are_replicated_when_there_are_more_ranks() -> None:
+    head_dim = 64
+    assert shard("v_proj", (2 * head_dim, 256), 8) == Shard(head_dim, 256, rows_cut=True)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "shape", "tp_size", "problem"),
+    [
+        ("q_proj", (512, 256), 3, "8 attention heads"),
+        ("k_proj", (128, 256), 3, "2 key-value heads"),
+        ("down_proj", (256, 100), 8, "100 columns"),
+        ("up_proj", (100, 256), 8, "100 rows"),
+        ("embed_tokens", (100, 256), 3, "padded to 128"),
+    ],
+)
+def test_weight_that_cannot_be_cut_has_a_problem(
+    leaf: str, shape: tuple[int, ...], tp_size: int, problem: str
+) -> None:
+    found = shard(leaf, shape, tp_size)
+    assert problem in (found.problem or "")
+    assert (found.rows_cut, found.columns_cut) == (False, False)
+
+
+def test_experts_are_whole_under_expert_parallelism() -> None:
+    assert shard("gate_proj", (100, 256), 8, expert=True, ep=True) == Shard(100, 256)
+    assert shard("gate_proj", (128, 256), 8, ep=True).rows == 16  # a shared expert is cut
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "expected"),
+    [
+        (8, 2, (4, 4)),
+        (9, 2, (5, 4)),
+        (10, 4, (2, 3, 3, 2)),
+        (11, 4, (3, 3, 3, 2)),
+        (92, 3, (31, 31, 30)),
+    ],
+)
+def test_layers_are_split_as_vllm_splits_them(
+    layers: int, stages: int, expected: tuple[int, ...]
+) -> None:
+    assert split_layers(layers, stages) == expected
+
+
+def test_layer_partition_of_the_environment_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,3")
+    assert split_layers(4, 2) == (1, 3)
+
+
+@pytest.mark.parametrize("partition", ["1,2", "4", "a,b", "-1,5"])
+def test_layer_partition_that_does_not_fit_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, partition: str
+) -> None:
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", partition)
+    with pytest.raises(RouteError, match="expected 2 comma-separated layer counts that add up to"):
+        split_layers(4, 2)
+
+
+def test_more_stages_than_layers_is_an_error() -> None:
+    with pytest.raises(RouteError, match="size 5 is more than the model's 4 layers"):
+        split_layers(4, 5)
+
+
+def test_first_ranks_hold_the_experts_left_over() -> None:
+    assert split_experts(10, 4) == (0, 3, 6, 8, 10)
+
+
+def test_embeddings_head_and_layers_go_to_their_stages() -> None:
+    placement = Placement(Layout(pipeline_parallel_size=2), DIMS)
+    stages = {
+        name: placement.stages(name)
+        for name in (
+            "model.embed_tokens",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.2.self_attn.q_proj",
+            "model.norm",
+            "lm_head",
+        )
+    }
+    assert list(stages.values()) == [(0,), (0,), (1,), (1,), (1,)]
+
+
+def test_tied_embeddings_are_on_first_and_last_stage() -> None:
+    tied = ModelDims(4, 8, 2, 16, tied_embeddings=True)
+    placement = Placement(Layout(pipeline_parallel_size=2), tied)
+    assert placement.stages("model.embed_tokens") == (0, 1)
+    assert placement.stages("lm_head") == ()
+
+
+def test_next_token_predictor_layers_are_not_loaded() -> None:
+    assert Placement(Layout(), DIMS).stages("model.layers.4.eh_proj") == ()

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mixprec check``: every finding about a plan, and what it takes in memory."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from vllm_mixprec.cli.output import (
+    Progress,
+    count_findings,
+    print_bytes_by_source,
+    print_findings,
+    print_json,
+    print_table,
+)
+from vllm_mixprec.errors import PlanError
+from vllm_mixprec.plan import Plan
+from vllm_mixprec.routing import Finding, Platform, Report, check
+from vllm_mixprec.routing.findings import format_bytes
+
+_DESCRIPTION = """\
+Report everything that is wrong or notable about a plan. Nothing is read but headers and the
+routers' few megabytes. Exit code 1 with errors, and with --strict also with warnings and notes."""
+
+_EXAMPLE = """\
+example:
+  vllm-mixprec check plan.yaml -tp 2 --strict"""
+
+_PLATFORMS = "cpu-avx512, cpu-other, cuda-<compute capability> such as cuda-90, or other"
+_PLATFORM = re.compile(r"cpu-avx512|cpu-other|cuda-\d{2,3}|other")
+_PLACE = re.compile(r"(?P<where>.+?:\d+): (?P<message>.+)")
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser of all commands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "check",
+        help="every finding about a plan, and bytes per rank",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+    )
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="the plan's YAML file")
+    parser.add_argument(
+        "-tp", "--tensor-parallel-size", metavar="N", type=_size, default=1, help="default: 1"
+    )
+    parser.add_argument(
+        "-pp", "--pipeline-parallel-size", metavar="N", type=_size, default=1, help="default: 1"
+    )
+    parser.add_argument(
+        "-ep",
+        "--enable-expert-parallel",
+        action="store_true",
+        help="tensor-parallel ranks hold whole experts, not slices",
+    )
+    parser.add_argument(
+        "--platform",
+        metavar="NAME",
+        type=_platform,
+        help=f"whose kernels count: {_PLATFORMS}; default: this machine",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 for warnings and notes too"
+    )
+    return parser
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected 1 or more")
+    return int(text)
+
+
+def _platform(text: str) -> Platform:
+    if not _PLATFORM.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {_PLATFORMS}")
+    return Platform(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the plan, print the report, return the exit code."""
+    report = _check(arguments)
+    if arguments.json:
+        print_json(_describe(report, arguments))
+    else:
+        _print(report, arguments)
+    return 1 if not report.ok or (arguments.strict and report.findings) else 0
+
+
+def _describe(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the report as JSON types; what it was asked for is there with errors too."""
+    return {
+        "plan": str(arguments.plan),
+        "tensor_parallel_size": arguments.tensor_parallel_size,
+        "pipeline_parallel_size": arguments.pipeline_parallel_size,
+        "expert_parallel": arguments.enable_expert_parallel,
+        **report.to_dict(),
+    }
+
+
+def _check(arguments: argparse.Namespace) -> Report:
+    try:
+        plan = Plan.from_yaml(arguments.plan)
+    except PlanError as error:
+        return Report(_plan_findings(arguments.plan, error), (), None)
+    with Progress() as progress:
+        return check(
+            plan,
+            tensor_parallel_size=arguments.tensor_parallel_size,
+            pipeline_parallel_size=arguments.pipeline_parallel_size,
+            expert_parallel=arguments.enable_expert_parallel,
+            platform=arguments.platform,
+            progress=progress,
+        )
+
+
+def _plan_findings(plan: Path, error: PlanError) -> tuple[Finding, ...]:
+    """Turn the lines of a PlanError into findings, so that a broken plan is reported alike."""
+    findings = []
+    for line in str(error).splitlines():
+        place = _PLACE.fullmatch(line)
+        where, message = place.group("where", "message") if place else (str(plan), line)
+        findings.append(Finding("error", "plan-invalid", where, message))
+    return tuple(findings)
+
+
+def _print(report: Report, arguments: argparse.Namespace) -> None:
+    print_findings(report.findings)
+    print_bytes_per_rank(report, arguments.tensor_parallel_size)
+    counts = count_findings(report.findings)
+    if report.table is None:
+        print(f"{arguments.plan}: {counts}. The plan cannot be served.")
+        return
+    print_bytes_by_source(report.table.bytes_by_source())
+    verdict = f"{counts}; the plan can be served" if counts else "no findings"
+    print(f"{arguments.plan}: {verdict} on {report.table.platform.name}.")
+
+
+def print_bytes_per_rank(report: Report, tp_size: int) -> None:
+    """Print what the weights take in each rank's memory, when that could be counted."""
+    if not report.bytes_per_rank:
+        return
+    rows = [
+        [str(rank), str(rank // tp_size), str(rank % tp_size), format_bytes(size_bytes)]
+        for rank, size_bytes in enumerate(report.bytes_per_rank)
+    ]
+    columns = ["rank", "pipeline stage", "tensor-parallel rank", "weights in memory"]
+    print_table(columns, rows, right=columns)

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mixprec inspect``: what a checkpoint or a plan holds, layer by layer."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_mixprec.checkpoint import Checkpoint, open_checkpoint, resolve_path
+from vllm_mixprec.cli.kinds import KIND_LABELS, KINDS, Kind, kind_of, layer_of, spell_ranges
+from vllm_mixprec.cli.output import (
+    Progress,
+    bytes_by_source_list,
+    print_bytes_by_source,
+    print_findings,
+    print_json,
+    print_table,
+)
+from vllm_mixprec.compose import PLAN_FILE, QUANT_METHOD
+from vllm_mixprec.plan import Plan
+from vllm_mixprec.routing import Route, RouteTable, load_route_table
+from vllm_mixprec.routing.findings import format_bytes
+from vllm_mixprec.routing.fused import parse_expert
+from vllm_mixprec.routing.parallel import ModelDims, text_config
+
+_DESCRIPTION = """\
+Show what a source holds: architecture, layers, experts, formats, bytes by kind, companions missing
+or left over. For a plan or a composed directory: where each layer comes from, in which format, and
+what is widened and why. Headers only. Exit code 1 when companions or shards are missing or left
+over."""
+
+_EXAMPLE = """\
+examples:
+  vllm-mixprec inspect /models/Qwen3-30B-A3B-FP8
+  vllm-mixprec inspect Qwen/Qwen3-30B-A3B-GPTQ-Int4 --json
+  vllm-mixprec inspect plan.yaml"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser of all commands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect",
+        help="what a checkpoint, plan or composed directory holds",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a checkpoint directory, a hub id, a plan, or a directory made by compose",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Describe the source, return 1 when something in it does not fit together."""
+    plan = _find_plan(Path(arguments.source).expanduser())
+    with Progress() as progress:
+        progress("reading headers", 0, 1)
+        if plan is not None:
+            table = load_route_table(Plan.from_yaml(plan))
+        else:
+            path = resolve_path(arguments.source, arguments.revision, None)
+            checkpoint = open_checkpoint(path)
+    if plan is not None:
+        if arguments.json:
+            print_json(describe_plan(plan, table))
+        else:
+            _print_plan(plan, table)
+        return 0
+    problems = find_problems(checkpoint)
+    if arguments.json:
+        print_json(describe_checkpoint(checkpoint))
+    else:
+        _print_checkpoint(checkpoint, problems)
+    return 1 if problems else 0
+
+
+def _find_plan(source: Path) -> Path | None:
+    """Return the plan that ``source`` is or, made by compose, holds; None for a checkpoint."""
+    if source.is_file():
+        return source
+    try:
+        config = json.loads((source / "config.json").read_bytes())
+        quantization = config["quantization_config"]
+        if quantization["quant_method"] != QUANT_METHOD:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no composed directory; opening it as a checkpoint says what is wrong
+    return source / str(quantization.get("plan", PLAN_FILE))
+
+
+def find_problems(checkpoint: Checkpoint) -> list[str]:
+    """Return what is missing or left over: shards first, then companions."""
+    modules = checkpoint.modules.values()
+    return [*checkpoint.problems, *(problem for module in modules for problem in module.problems)]
+
+
+def describe_model(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """Return architecture, layers and experts as JSON types; None where nothing tells."""
+    text = text_config(config)
+    dims = ModelDims.from_config(config)
+    expert_layers = {expert.layer for module in modules if (expert := parse_expert(module))}
+    return {
+        "architectures": config.get("architectures"),
+        "model_type": config.get("model_type"),
+        "num_layers": dims.num_layers,
+        "num_moe_layers": len(expert_layers),
+        "num_experts": dims.num_experts,
+        "num_experts_per_tok": text.get("num_experts_per_tok"),
+        "num_shared_experts": text.get("n_shared_experts", text.get("num_shared_experts")),
+    }
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Describe a checkpoint as JSON types."""
+    formats: dict[str, Counter[str]] = {}
+    kinds: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+    for module in checkpoint.modules.values():
+        total = formats.setdefault(module.scheme.label, Counter())
+        total.update(modules=1, bytes=module.nbytes)
+        kinds[kind_of(module.name)] += module.nbytes
+    return {
+        "type": "checkpoint",
+        "path": str(checkpoint.path),
+        **describe_model(checkpoint.config, checkpoint.modules),
+        "formats": [{"format": label, **total} for label, total in formats.items()],
+        "bytes_by_kind": dict(kinds),
+        "bytes": kinds.total(),
+        "modules": len(checkpoint.modules),
+        "tensors": len(checkpoint.tensors),
+        "problems": find_problems(checkpoint),
+    }
+
+
+def _print_model(path: Path, described: Mapping[str, Any]) -> None:
+    layers = f"{described['num_layers']}, {described['num_moe_layers']} of them with experts"
+    experts = f"{described['num_experts']}, {described['num_experts_per_tok']} a token"
+    if described["num_shared_experts"]:
+        experts += f", {described['num_shared_experts']} shared"
+    print(path)
+    print(f"  architecture  {', '.join(described['architectures'] or ['not in config.json'])}")
+    print(f"  layers        {layers}")
+    print(f"  experts       {experts}")
+
+
+def _print_checkpoint(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
+    described = describe_checkpoint(checkpoint)
+    _print_model(checkpoint.path, described)
+    formats = (f"{item['format']} ({item['modules']} modules)" for item in described["formats"])
+    print(f"  formats       {', '.join(formats)}")
+    totals: dict[tuple[Kind, str], Counter[str]] = {}
+    for module in checkpoint.modules.values():
+        total = totals.setdefault((kind_of(module.name), module.scheme.label), Counter())
+        total.update(modules=1, bytes=module.nbytes)
+    rows = [
+        [KIND_LABELS[kind], label, str(total["modules"]), format_bytes(total["bytes"])]
+        for (kind, label), total in sorted(totals.items(), key=lambda item: _kind_order(item[0]))
+    ]
+    rows.append(["all", "", str(described["modules"]), format_bytes(described["bytes"])])
+    print_table(["kind", "format", "modules", "bytes"], rows, right=["modules", "bytes"])
+    if not problems:
+        print("no companions missing or left over")
+        return
+    print(f"missing or left over ({len(problems)})")
+    for problem in problems:
+        print(f"  {problem}")
+
+
+def _kind_order(key: tuple[Kind, str]) -> tuple[int, str]:
+    return KINDS.index(key[0]), key[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Modules of one kind in one layer that come and are served alike."""
+
+    kind: Kind
+    source: str
+    stored: str
+    served: str
+    reason: str | None
+    experts: tuple[int, ...]  # logical ids, empty for other kinds
+    modules: int
+    stored_bytes: int
+    served_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the part as JSON types."""
+        return {
+            "kind": self.kind,
+            "source": self.source,
+            "stored": self.stored,
+            "served": self.served,
+            "widened": self.reason,
+            **({"experts": list(self.experts)} if self.experts else {}),
+            "modules": self.modules,
+            "stored_bytes": self.stored_bytes,
+            "served_bytes": self.served_bytes,
+        }
+
+
+def layer_parts(table: RouteTable) -> dict[int | None, tuple[Part, ...]]:
+    """Return layer -> its parts by kind; what lies outside of the layers is under None, last."""
+    groups: dict[int | None, dict[tuple[Any, ...], list[Route]]] = {}
+    for route in table.routes.values():
+        key = (
+            KINDS.index(kind_of(route.module)),
+            route.source,
+            route.stored.label,
+            route.served.label,
+            route.reason or "",
+        )
+        groups.setdefault(layer_of(route.module), {}).setdefault(key, []).append(route)
+    order = sorted(groups, key=lambda layer: (layer is None, layer))
+    return {
+        layer: tuple(_make_part(*item) for item in sorted(groups[layer].items())) for layer in order
+    }
+
+
+def _make_part(key: tuple[Any, ...], routes: Sequence[Route]) -> Part:
+    kind, source, stored, served, reason = key
+    experts = {expert.expert for route in routes if (expert := parse_expert(route.module))}
+    return Part(
+        kind=KINDS[kind],
+        source=source,
+        stored=stored,
+        served=served,
+        reason=reason or None,
+        experts=tuple(sorted(experts)),
+        modules=len(routes),
+        stored_bytes=sum(route.stored_bytes for route in routes),
+        served_bytes=sum(route.served_bytes for route in routes),
+    )
+
+
+def describe_plan(path: Path, table: RouteTable) -> dict[str, Any]:
+    """Describe a resolved plan as JSON types; a part's ``widened`` is the reason, or null."""
+    kinds: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+    for route in table.routes.values():
+        kinds[kind_of(route.module)] += route.served_bytes
+    return {
+        "type": "plan",
+        "path": str(path),
+        "plan_sha256": table.plan.sha256,
+        "base": table.plan.base,
+        **describe_model(table.base_config, table.routes),
+        "platform": table.platform.name,
+        "layers": [
+            {"layer": layer, "parts": [part.to_dict() for part in parts]}
+            for layer, parts in layer_parts(table).items()
+        ],
+        "bytes_by_kind": dict(kinds),
+        "bytes": kinds.total(),
+        "bytes_by_source": bytes_by_source_list(table.bytes_by_source()),
+        "findings": [finding.to_dict() for finding in table.notes],
+    }
+
+
+def _print_plan(path: Path, table: RouteTable) -> None:
+    _print_model(path, describe_model(table.base_config, table.routes))
+    print(f"  base          {table.plan.base}, served on {table.platform.name}")
+    rows = []
+    for parts, layers in _fold(layer_parts(table)):
+        where = spell_ranges(layers) or "-"
+        for part in parts:
+            rows.append(
+                [
+                    where,
+                    KIND_LABELS[part.kind],
+                    spell_ranges(part.experts),
+                    part.source,
+                    part.stored,
+                    part.served if part.served != part.stored else "as stored",
+                    format_bytes(part.served_bytes * max(len(layers), 1)),
+                ]
+            )
+            where = ""
+    columns = ["layers", "kind", "experts", "source", "stored as", "served as", "in memory"]
+    print_table(columns, rows, right=["in memory"])
+    print_bytes_by_source(table.bytes_by_source())
+    print_findings(table.notes)
+
+
+def _fold(
+    layers: Mapping[int | None, tuple[Part, ...]],
+) -> list[tuple[tuple[Part, ...], list[int]]]:
+    """Join layers whose parts are equal; what lies outside of the layers has an empty list."""
+    folded: dict[tuple[Part, ...], list[int]] = {}
+    for layer, parts in layers.items():
+        numbers = folded.setdefault(parts, [])
+        if layer is not None:
+            numbers.append(layer)
+    return list(folded.items())

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which part of the model a module is, told from its name."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from vllm_mixprec.routing.fused import leaf_name
+
+Kind = Literal[
+    "attention",
+    "dense_mlp",
+    "shared_experts",
+    "routed_experts",
+    "router",
+    "embeddings",
+    "other",
+]
+
+KINDS: tuple[Kind, ...] = (
+    "attention",
+    "dense_mlp",
+    "shared_experts",
+    "routed_experts",
+    "router",
+    "embeddings",
+    "other",
+)
+
+KIND_LABELS: dict[Kind, str] = {
+    "attention": "attention",
+    "dense_mlp": "dense MLP",
+    "shared_experts": "shared experts",
+    "routed_experts": "routed experts",
+    "router": "router",
+    "embeddings": "embeddings",
+    "other": "other",
+}
+
+# Dotted components that give a kind away, the first row that matches wins: attention may have a
+# gate of its own, and experts lie below the MLP.
+_COMPONENTS: tuple[tuple[frozenset[str], Kind], ...] = (
+    (frozenset({"visual", "vision_tower", "vision_model", "audio_tower"}), "other"),
+    (frozenset({"self_attn", "self_attention", "linear_attn", "attn", "attention"}), "attention"),
+    (frozenset({"shared_expert", "shared_experts"}), "shared_experts"),
+    (frozenset({"experts"}), "routed_experts"),
+)
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "word_embeddings", "wte"})
+_MLPS = frozenset({"mlp", "feed_forward", "ffn"})
+
+
+def kind_of(module: str) -> Kind:
+    """Return the kind of a module, by the name that Hugging Face checkpoints give it.
+
+    Norms are ``other``, but those inside attention are attention.
+    """
+    parts = frozenset(module.split("."))
+    for components, kind in _COMPONENTS:
+        if not parts.isdisjoint(components):
+            return kind
+    leaf = leaf_name(module)
+    if leaf in _ROUTERS:
+        return "router"
+    if leaf in _EMBEDDINGS:
+        return "embeddings"
+    return "other" if parts.isdisjoint(_MLPS) else "dense_mlp"
+
+
+def layer_of(module: str) -> int | None:
+    """Return the number of the layer that holds a module; None for one outside of the layers."""
+    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
+
+
+def spell_ranges(numbers: Iterable[int]) -> str:
+    """Spell numbers as a plan does: ``0-7,12``."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-mixprec plan``: writes a plan by kind of module."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_mixprec.checkpoint import open_checkpoint, resolve_path
+from vllm_mixprec.cli.draft import (
+    Choice,
+    DraftSource,
+    draft_rules,
+    read_draft,
+    spell_path,
+    write_draft,
+)
+from vllm_mixprec.cli.kinds import Kind
+from vllm_mixprec.cli.output import (
+    Progress,
+    bytes_by_source_list,
+    count_findings,
+    print_bytes_by_source,
+    print_json,
+)
+from vllm_mixprec.errors import PlanError
+from vllm_mixprec.routing import resolve
+
+_DESCRIPTION = """\
+Write a plan that takes each kind of module from one source. What no option names comes from the
+base. The bytes that are read from each source go to stderr."""
+
+_EXAMPLE = """\
+example:
+  vllm-mixprec plan --base bf16 --source bf16=/models/Qwen3-30B-A3B \\
+    --source fp8=/models/Qwen3-30B-A3B-FP8 --source int4=Qwen/Qwen3-30B-A3B-GPTQ-Int4@main \\
+    --attention fp8 --experts int4 -o plan.yaml
+
+--experts also takes several sources, for the logical experts 0-7 and 12, and for all others:
+    --experts 0-7=int4,12=int4,fp8"""
+
+# Option -> the kind that it names a source for, in the order of the rules.
+_KIND_OPTIONS: dict[str, Kind] = {
+    "attention": "attention",
+    "mlp": "dense_mlp",
+    "shared_experts": "shared_experts",
+}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_EXPERTS = re.compile(r"(?P<first>\d+)(?:-(?P<last>\d+))?=(?P<source>.+)")
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser of all commands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan",
+        help="write a plan by kind of module",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+    )
+    parser.add_argument(
+        "--base",
+        metavar="N",
+        required=True,
+        help="the source that gives config.json, tokenizer and all that no option names",
+    )
+    parser.add_argument(
+        "--source",
+        metavar="N=PATH",
+        dest="sources",
+        action="append",
+        type=_source,
+        required=True,
+        help="a checkpoint and its name: a directory, or a hub id with an optional @REVISION",
+    )
+    parser.add_argument("--attention", metavar="N", help="source of the attention projections")
+    parser.add_argument("--mlp", metavar="N", help="source of the dense layers' MLP")
+    parser.add_argument(
+        "--experts",
+        metavar="N",
+        type=_experts,
+        default=[],
+        help="source of the routed experts; or FIRST-LAST=N,... for some of them",
+    )
+    parser.add_argument("--shared-experts", metavar="N", help="source of the shared experts")
+    parser.add_argument(
+        "-o", "--output", metavar="PLAN", type=Path, help="the file to write; default: stdout"
+    )
+    return parser
+
+
+def _source(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    if not separator or not path or not _NAME.fullmatch(name):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected N=PATH with a name of letters, digits, '_', '.' and '-'"
+        )
+    return name, path
+
+
+def _experts(text: str) -> list[Choice]:
+    """Read ``int4``, or ``0-7=int4,12=int4,fp8``, in the order of the rules."""
+    choices: list[Choice] = []
+    named: frozenset[int] = frozenset()
+    for item in text.split(","):
+        if choices and choices[-1].experts is None:
+            raise argparse.ArgumentTypeError(f"{text!r}: nothing is left for {item!r}")
+        found = _EXPERTS.fullmatch(item)
+        if found is None:
+            if not _NAME.fullmatch(item):
+                raise argparse.ArgumentTypeError(
+                    f"{text!r}, expected a source's name, or FIRST-LAST=NAME,..."
+                )
+            choices.append(Choice("routed_experts", item, except_experts=named))
+            continue
+        first, last = int(found["first"]), int(found["last"] or found["first"])
+        experts = frozenset(range(first, last + 1))
+        if not experts or experts & named:
+            raise argparse.ArgumentTypeError(
+                f"{item!r} runs backwards or repeats experts, expected FIRST-LAST=NAME"
+            )
+        choices.append(Choice("routed_experts", found["source"], experts))
+        named |= experts
+    return choices
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draft the plan, write it, say what is read from where."""
+    choices = _choices(arguments)
+    folder = arguments.output.parent if arguments.output is not None else Path()
+    sources = []
+    with Progress() as progress:
+        for number, (name, path) in enumerate(arguments.sources):
+            progress(f"reading headers of {name}", number, len(arguments.sources))
+            sources.append(_open(name, path, folder))
+    opened = {source.name: source.checkpoint for source in sources}
+    rules = [
+        rule
+        for choice in choices
+        if choice.source != arguments.base or choice.experts is not None
+        for rule in draft_rules(choice, opened[arguments.base], opened[choice.source])
+    ]
+    text = write_draft(arguments.base, sources, rules)
+    plan = read_draft(text, folder)
+    table = resolve(plan, opened)
+    if arguments.output is not None:
+        _write(arguments.output, text)
+    elif not arguments.json:
+        print(text, end="")
+    sizes = table.bytes_by_source()
+    if arguments.json:
+        print_json(
+            {
+                "path": str(arguments.output) if arguments.output is not None else None,
+                "plan_sha256": plan.sha256,
+                "plan": plan.model_dump(exclude_none=True),
+                "yaml": text,
+                "bytes_by_source": bytes_by_source_list(sizes),
+                "findings": [finding.to_dict() for finding in table.notes],
+            }
+        )
+        return 0
+    print_bytes_by_source(sizes, to_stderr=True)
+    if table.notes:
+        print(f"{count_findings(table.notes)}; vllm-mixprec check lists them", file=sys.stderr)
+    return 0
+
+
+def _choices(arguments: argparse.Namespace) -> list[Choice]:
+    """Gather the options by kind; a source that was not given is wrong usage."""
+    choices = [
+        Choice(kind, source)
+        for option, kind in _KIND_OPTIONS.items()
+        if (source := getattr(arguments, option)) is not None
+    ]
+    choices += arguments.experts
+    names = [name for name, _ in arguments.sources]
+    for name in names:
+        if names.count(name) > 1:
+            arguments.parser.error(f"--source {name} is given twice")
+    for name in [arguments.base, *(choice.source for choice in choices)]:
+        if name not in names:
+            arguments.parser.error(f"no --source {name}=PATH; given are {', '.join(names)}")
+    return choices
+
+
+def _open(name: str, spelt: str, folder: Path) -> DraftSource:
+    """Open a source: a directory below the working directory, else a hub id."""
+    directory = Path(spelt).expanduser()
+    if directory.is_dir():
+        path = spell_path(directory, folder)
+        return DraftSource(name, path, None, open_checkpoint(directory, name))
+    hub_id, separator, revision = spelt.partition("@")
+    found = resolve_path(hub_id, revision if separator else None, None)
+    return DraftSource(name, hub_id, revision if separator else None, open_checkpoint(found, name))
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PlanError(
+            f"{file}: cannot be written ({error.strerror or error}). Choose another file."
+        ) from error

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a directory that vLLM serves as it is: config, plan, and links to the shards in use."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_mixprec.checkpoint.index import INDEX_FILE, Checkpoint
+from vllm_mixprec.errors import MixPrecError, RouteError
+from vllm_mixprec.plan.plan import Plan
+from vllm_mixprec.routing.assign import used_sources
+from vllm_mixprec.routing.check import Report, check
+from vllm_mixprec.routing.table import RouteTable, open_source
+
+__all__ = ["PLAN_FILE", "QUANT_METHOD", "SOURCES_FOLDER", "ComposeRefused", "compose"]
+
+PLAN_FILE = "mixprec_plan.yaml"
+SOURCES_FOLDER = "sources"
+QUANT_METHOD = "mixprec"
+
+# What a model directory holds beside its weights and config.json. A quantizer's own config
+# (quantize_config.json, hf_quant_config.json) must stay behind: vLLM would read it.
+COPIED_FILES = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+    "*.jinja",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+    "LICENSE*",
+    "additional_chat_templates/*",
+)
+
+_SHOWN_ERRORS = 20
+
+
+class ComposeRefused(RouteError):
+    """``check`` found errors, so nothing was written; ``report`` holds every finding."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def compose(plan: Plan, out: str | os.PathLike[str], force: bool = False) -> Report:
+    """Write a mixed model to ``out``; tensor data is linked, never copied.
+
+    ::
+
+        out/config.json            the base's, with our quantization_config
+        out/mixprec_plan.yaml      the plan, its sources those below
+        out/tokenizer.json ...     copied from the base
+        out/sources/NAME/          config.json, the index, links to the shards in use
+
+    Of the base every shard is in use: its headers name the modules and give their shapes.
+    The directory is built beside ``out`` and swapped in when it is complete.
+
+    Args:
+        force: also replace a directory that is not empty and that compose did not make.
+
+    Returns:
+        The report of ``check``, which has no errors.
+
+    Raises:
+        ComposeRefused: the plan has errors.
+        MixPrecError: ``out`` holds something else, or shards that the new directory needs.
+    """
+    target = Path(os.path.abspath(out))
+    _require_replaceable(target, force)
+    report = check(plan)
+    if report.table is None:
+        raise ComposeRefused(_summarise(report), report)
+    checkpoints = {name: open_source(plan, name) for name in used_sources(plan)}
+    shards = _shards_in_use(report.table, checkpoints)
+    _require_outside(target, shards)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        building.chmod(0o755)
+        _write(building, plan, checkpoints, shards)
+        _swap(building, target)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return report
+
+
+def _require_replaceable(target: Path, force: bool) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise MixPrecError(
+            f"{target}: a link or a file, expected a directory or nothing. Choose another "
+            "directory."
+        )
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not (target / PLAN_FILE).is_file() and not force:
+        raise MixPrecError(
+            f"{target}: not empty, and without {PLAN_FILE}, so compose did not make it; expected "
+            "an empty directory or one made by compose. Choose another, or force it."
+        )
+
+
+def _summarise(report: Report) -> str:
+    errors = [finding for finding in report.findings if finding.level == "error"]
+    lines = [f"{finding.where}: {finding.message}" for finding in errors[:_SHOWN_ERRORS]]
+    if len(errors) > _SHOWN_ERRORS:
+        lines.append(f"... and {len(errors) - _SHOWN_ERRORS} more; see vllm-mixprec check")
+    return "nothing was composed, the plan has errors:\n" + "\n".join(lines)
+
+
+def _shards_in_use(
+    table: RouteTable, checkpoints: Mapping[str, Checkpoint]
+) -> dict[str, tuple[Path, ...]]:
+    """Return source -> shard files, in the source's directory, sorted."""
+    used: dict[str, set[Path]] = {name: set() for name in checkpoints}
+    for route in table.routes.values():
+        used[route.source].update(spec.file for spec in route.tensors.values())
+    base = checkpoints[table.plan.base]
+    used[base.name].update(spec.file for spec in base.tensors.values())
+    return {name: tuple(sorted(files)) for name, files in used.items() if files}
+
+
+def _require_outside(target: Path, shards: Mapping[str, tuple[Path, ...]]) -> None:
+    """Refuse to replace a directory that holds the very shards to be linked."""
+    inside = target.resolve()
+    for files in shards.values():
+        for file in files:
+            if file.resolve().is_relative_to(inside):
+                raise MixPrecError(
+                    f"{file}: a shard that the plan uses lies in {target}, which would be "
+                    "replaced; expected an output directory apart from the sources. Choose "
+                    "another."
+                )
+
+
+def _write(
+    building: Path,
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    shards: Mapping[str, tuple[Path, ...]],
+) -> None:
+    for name, files in shards.items():
+        _write_source(building / SOURCES_FOLDER / name, checkpoints[name], files)
+    composed = _rewrite_plan(plan, shards)
+    base = checkpoints[plan.base]
+    _copy_files(base.path, building, building / SOURCES_FOLDER / plan.base)
+    (building / PLAN_FILE).write_text(composed.to_yaml(), encoding="utf-8")
+    _write_json(building / "config.json", _compose_config(base.config, composed))
+
+
+def _write_source(folder: Path, checkpoint: Checkpoint, files: tuple[Path, ...]) -> None:
+    folder.mkdir(parents=True)
+    shutil.copyfile(checkpoint.path / "config.json", folder / "config.json")
+    names = {file.relative_to(checkpoint.path).as_posix(): file for file in files}
+    for name, file in names.items():
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.resolve())
+    index_file = checkpoint.path / INDEX_FILE
+    if index_file.is_file():
+        index = json.loads(index_file.read_bytes())
+        index["weight_map"] = {
+            tensor: shard for tensor, shard in index["weight_map"].items() if shard in names
+        }
+        _write_json(folder / INDEX_FILE, index)
+
+
+def _rewrite_plan(plan: Plan, used: Container[str]) -> Plan:
+    """Return the plan with its sources in ``sources/``; those that nothing uses are left out.
+
+    Rules that route nothing (because others above take all that they match) go with a source
+    that is left out.
+    """
+    return Plan.from_dict(
+        {
+            "version": plan.version,
+            "base": plan.base,
+            "sources": {
+                name: {"path": f"{SOURCES_FOLDER}/{name}"} for name in plan.sources if name in used
+            },
+            "rules": [
+                {"match": rule.match, "source": rule.source}
+                for rule in plan.rules
+                if rule.source in used
+            ],
+            "options": plan.options.model_dump(),
+        }
+    )
+
+
+def _copy_files(base: Path, building: Path, base_folder: Path) -> None:
+    """Copy the base's tokenizer and other small files, and link them into its source folder.
+
+    The links keep ``sources/BASE`` a whole checkpoint, of which another model can be composed.
+    """
+    found = {file for pattern in COPIED_FILES for file in base.glob(pattern) if file.is_file()}
+    for file in sorted(found):
+        name = file.relative_to(base)
+        copy, link = building / name, base_folder / name
+        copy.parent.mkdir(exist_ok=True)
+        link.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+        link.symlink_to(os.path.relpath(copy, link.parent))
+
+
+def _compose_config(base_config: Mapping[str, Any], composed: Plan) -> dict[str, Any]:
+    config = _without_quantization(base_config)
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config["text_config"] = _without_quantization(text)
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "plan": PLAN_FILE,
+        "plan_sha256": composed.sha256,
+    }
+    return config
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = ("quantization_config", "compression_config")
+    return {key: value for key, value in config.items() if key not in left_out}
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _swap(building: Path, target: Path) -> None:
+    """Put the finished directory in its place; what stood there is removed last."""
+    if not target.exists():
+        building.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old)
+    try:
+        building.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)

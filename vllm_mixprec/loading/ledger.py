@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Account for every tensor that is fed and every parameter that is filled.
+
+vLLM's loaders skip what they do not know by suffix, and leave what nobody filled as it was. Here
+both stop the start, with the name.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import Module, Parameter
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from vllm_mixprec.errors import RouteError
+
+_SHOWN = 5
+
+
+class Ledger:
+    """Watches the parameters of one model while ``load_weights`` consumes a stream.
+
+    A tensor counts as taken when, between its being handed out and the next one being asked for, a
+    weight loader wrote a parameter. The models' loaders consume one tensor at a time.
+    """
+
+    def __init__(self, model: Module) -> None:
+        self._model = model
+        self._current = ""
+        self._taken: dict[str, int] = {}
+        # parameter name -> (shard, expert) -> tensor that filled it
+        self._filled: dict[str, dict[tuple[Any, ...], str]] = {}
+        self._restore: list[Callable[[], None]] = []
+        for name, parameter in model.named_parameters():
+            self._watch_parameter(name, parameter)
+        for prefix, module in model.named_modules():
+            if isinstance(module, RoutedExperts):
+                self._watch_experts(prefix, module)
+
+    def feed(
+        self, stream: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass tensors on, noting which one is on its way."""
+        for name, tensor in stream:
+            if name in self._taken:
+                raise RouteError(f"{name}: fed to the model twice; expected once. Report this plan")
+            self._taken[name] = 0
+            self._current = name
+            yield name, tensor
+        self._current = ""
+
+    def close(self) -> None:
+        """Check both sides and take the watch off.
+
+        Raises:
+            RouteError: a tensor that nothing took, or a parameter not filled, or only in part.
+        """
+        for restore in self._restore:
+            restore()
+        lost = [name for name, count in self._taken.items() if count == 0]
+        if lost:
+            raise RouteError(
+                f"{_names(lost)}: routed to this rank and read, but the model loaded it nowhere; "
+                "expected a parameter for it. Check that the base's config.json describes its "
+                "tensors"
+            )
+        empty, partial = [], []
+        for name, parameter in self._model.named_parameters():
+            if parameter.numel() == 0:
+                continue
+            filled = self._filled.get(name, {})
+            expected = self._expected(name)
+            if not filled:
+                empty.append(name)
+            elif expected is not None and (None, None) not in filled and len(filled) < expected:
+                partial.append(f"{name} ({len(filled)} of {expected} parts)")
+        if empty or partial:
+            raise RouteError(
+                f"{_names(empty + partial)}: no source's tensor filled it; expected every parameter "
+                "of this rank to be loaded. Check that the base checkpoint is complete"
+            )
+
+    def _expected(self, name: str) -> int | None:
+        """How many separate tensors fill a fused parameter; None where one does."""
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, RoutedExperts):
+            return module.local_num_experts * (2 if leaf.startswith("w13_") else 1)
+        if isinstance(module, QKVParallelLinear):
+            return 3
+        if isinstance(module, MergedColumnParallelLinear):
+            return len(module.output_sizes)
+        return None
+
+    def _record(self, name: str, key: tuple[Any, ...]) -> None:
+        filled = self._filled.setdefault(name, {})
+        first = filled.setdefault(key, self._current)
+        if first != self._current or (None, None) in filled and key != (None, None):
+            raise RouteError(
+                f"{self._current}: loaded into {name}, which {first} has filled already; expected "
+                "each part once. Check the source for the same module under two names"
+            )
+        if self._current:
+            self._taken[self._current] += 1
+
+    def _watch_parameter(self, name: str, parameter: Parameter) -> None:
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+
+        def watched(
+            param: Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            result = loader(param, loaded_weight, *args, **kwargs)
+            if result is not False:
+                shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
+                if shard is None:
+                    shard = getattr(loaded_weight, "shard_id", None)
+                self._record(name, (shard, kwargs.get("expert_id")))
+            return result
+
+        # vLLM's own parameter classes keep the loader behind a read-only property.
+        attribute = "_weight_loader" if hasattr(parameter, "_weight_loader") else "weight_loader"
+        present = attribute in parameter.__dict__
+        setattr(parameter, attribute, watched)
+
+        def restore() -> None:
+            if present:
+                setattr(parameter, attribute, loader)
+            else:
+                delattr(parameter, attribute)
+
+        self._restore.append(restore)
+
+    def _watch_experts(self, prefix: str, module: RoutedExperts) -> None:
+        loader = module.weight_loader
+        names = {id(p): f"{prefix}.{n}" for n, p in module.named_parameters(recurse=False)}
+
+        def watched(
+            param: Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            taken = loader(param, loaded_weight, weight_name, shard_id, expert_id, True)
+            if taken:
+                self._record(names[id(param)], (shard_id, expert_id))
+            return taken if return_success else None
+
+        module.weight_loader = watched
+        self._restore.append(lambda: delattr(module, "weight_loader"))
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patterns of a plan's rules, compiled to regular expressions over module names."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_mixprec.errors import PlanError
+
+_TOKEN = re.compile(r"\*+|\{[^{}]*\}|[\w.\-/:]+|.", re.DOTALL)
+_RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
+_BELOW = r"(?:\..+)?"
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A compiled ``match``: call it with a module's name. It can be pickled."""
+
+    regex: re.Pattern[str]
+    may_name_weight: bool
+
+    def __call__(self, name: str) -> bool:
+        """Whether the pattern matches a module, or for ``re:`` the module's weight."""
+        return self.regex.fullmatch(name) is not None or (
+            self.may_name_weight and self.regex.fullmatch(f"{name}.weight") is not None
+        )
+
+
+def compile_pattern(match: str) -> Pattern:
+    r"""Compile the ``match`` of a rule to a predicate over a module's name.
+
+    ``*`` matches inside one dotted component, ``**`` across components, ``{a,b}`` alternatives,
+    each of which may be a range of numbers, ``{0-7,12}``. What matches a module matches all
+    modules below it too: ``model.layers.*.mlp.experts.{0-7}`` the projections of those experts.
+    ``re:`` starts a Python regular expression that must match the whole name, and nothing below
+    it. A trailing ``.weight`` may be written or left out.
+
+    Raises:
+        PlanError: the pattern is empty or malformed; without file and line, which the caller
+            knows.
+    """
+    if match.startswith("re:"):
+        return _compile_regex(match)
+    pattern = match.removesuffix(".weight")
+    if not pattern:
+        raise PlanError(
+            f'match is "{match}", expected a module name or a pattern. Write "**" to match all.'
+        )
+    return Pattern(re.compile(_translate(pattern, match) + _BELOW), may_name_weight=False)
+
+
+def _compile_regex(match: str) -> Pattern:
+    try:
+        return Pattern(re.compile(match.removeprefix("re:")), may_name_weight=True)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PlanError(
+            f'match "{match}": not a Python regular expression ({error}). Correct it, or write '
+            "a pattern without re:."
+        ) from error
+
+
+def _translate(pattern: str, match: str) -> str:
+    """Translate a pattern, or an alternative of one, to a regular expression."""
+    parts = []
+    for token in _TOKEN.findall(pattern):
+        if token == "*":
+            parts.append("[^.]*")
+        elif token == "**":
+            parts.append(".*")
+        elif token[0] == "{" and len(token) > 1:
+            parts.append(_translate_alternatives(token[1:-1], match))
+        elif token[0] == "*":
+            raise PlanError(f'match "{match}": found {token}, expected * or **. Shorten it.')
+        elif token in "{}":
+            raise PlanError(
+                f'match "{match}": a brace without its partner, or braces inside braces; '
+                "expected {a,b}. Write the alternatives side by side."
+            )
+        elif len(token) == 1 and not re.fullmatch(r"[\w.\-/:]", token):
+            raise PlanError(
+                f'match "{match}": found {token!r}, which no module name has; expected names, '
+                "*, ** and {a,b}. For a regular expression begin with re:."
+            )
+        else:
+            parts.append(re.escape(token))
+    return "".join(parts)
+
+
+def _translate_alternatives(body: str, match: str) -> str:
+    alternatives = []
+    for alternative in body.split(","):
+        alternative = alternative.strip()
+        if not alternative:
+            raise PlanError(
+                f'match "{match}": an empty alternative in {{{body}}}, expected {{a,b}}. '
+                "Remove the comma too many."
+            )
+        numbers = _RANGE.fullmatch(alternative)
+        if numbers is None:
+            alternatives.append(_translate(alternative, match))
+            continue
+        low, high = int(numbers[1]), int(numbers[2])
+        if low > high:
+            raise PlanError(
+                f'match "{match}": range {alternative} runs backwards, expected {high}-{low}. '
+                "Swap its ends."
+            )
+        alternatives += _range_regexes(low, high)
+    return f"(?:{'|'.join(alternatives)})"
+
+
+def _range_regexes(low: int, high: int) -> Iterator[str]:
+    """Yield expressions that together match the numbers ``low`` to ``high`` inclusive.
+
+    A few digit classes in place of one alternative a number: a range of 512 experts is tried on
+    each of 100,000 modules.
+    """
+    while low <= high:
+        # The largest block of 10 ** digits numbers that begins at low and stays within high.
+        digits = 0
+        while low % 10 ** (digits + 1) == 0 and low + 10 ** (digits + 1) - 1 <= high:
+            if low == 0:
+                break  # 00 is not how 0 is written
+            digits += 1
+        step = 10**digits
+        first = low // step % 10
+        count = min(10 - first, (high - low + 1) // step)
+        prefix = str(low // step // 10) if low >= 10 * step else ""
+        last = f"[{first}-{first + count - 1}]" if count > 1 else str(first)
+        yield prefix + last + "[0-9]" * digits
+        low += count * step

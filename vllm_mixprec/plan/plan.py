@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: which source each module comes from. Reads it, checks it, writes it."""
+
+import hashlib
+import json
+from collections.abc import Hashable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from vllm_mixprec.errors import PlanError
+from vllm_mixprec.plan.patterns import Pattern, compile_pattern
+
+MAX_FILE_BYTES = 8 << 20
+MAX_DEPTH = 32
+MAX_ALIASED_NODES = 100_000
+"""How many nodes the aliases of a file may repeat: far above use, far below a "billion laughs"."""
+
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The same language; libyaml's parser is ten times as fast where PyYAML was built with it."""
+
+_Location = tuple[Hashable, ...]
+_SHAPE = "version:, base:, sources: and rules:"
+
+
+# A name becomes a folder of a composed model.
+_SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(_Schema):
+    """A checkpoint: a directory, or a Hugging Face hub id with an optional revision."""
+
+    path: str = Field(min_length=1)
+    revision: str | None = None
+
+
+class Options(_Schema):
+    """What to do where formats or kernels do not fit."""
+
+    mixed_fused: Literal["widen", "error"] = "widen"
+    missing_kernel: Literal["dequantize", "error"] = "dequantize"
+
+
+class Rule(_Schema):
+    """Sends the modules that ``match`` matches to ``source``."""
+
+    match: str
+    source: str
+
+    _line: int | None = PrivateAttr(default=None)
+    _matches: Pattern = PrivateAttr()
+
+    @property
+    def line(self) -> int | None:
+        """The rule's line in the plan's file, from 1; None for a plan that has no file."""
+        return self._line
+
+    def matches(self, module: str) -> bool:
+        """Whether the rule matches a module, by its name in the base checkpoint."""
+        return self._matches(module)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Compile the pattern once; a malformed one is a PlanError."""
+        self._matches = compile_pattern(self.match)
+
+
+class Plan(_Schema):
+    """A frozen plan. Rules are read from the top and the first match wins.
+
+    ``weight_mapping:`` in the file has become ``rules``.
+    """
+
+    version: int = Field(ge=1, le=1)
+    base: str
+    sources: dict[_SourceName, Source] = Field(min_length=1)
+    rules: list[Rule] = []
+    options: Options = Options()
+
+    _path: Path | None = PrivateAttr(default=None)
+    _base_dir: Path | None = PrivateAttr(default=None)
+
+    @property
+    def path(self) -> Path | None:
+        """The file that the plan was read from, absolute; None for a plan from a dict."""
+        return self._path
+
+    @property
+    def base_dir(self) -> Path | None:
+        """The folder that relative source paths start from; None for the working directory."""
+        return self._base_dir
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the content; comments, layout and the order of sources do not count."""
+        content = json.dumps(self._content(), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Plan":
+        """Read a plan; relative source paths will start from its folder.
+
+        Raises:
+            PlanError: the file cannot be read, is no YAML, or is no plan; every line of the
+                message begins with ``file:line``.
+        """
+        file = Path(path)
+        data, lines = _load_yaml(file)
+        file = file.absolute()
+        return _build(cls, data, _Where(str(path), lines), file, file.parent)
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any], base_dir: str | Path | None = None) -> "Plan":
+        """Build a plan from the same structure as the YAML has.
+
+        Raises:
+            PlanError: it is no plan; the message says which key.
+        """
+        folder = None if base_dir is None else Path(base_dir)
+        return _build(cls, d, _Where(None, {}), None, folder)
+
+    def to_yaml(self) -> str:
+        """Write the plan as YAML. Relative source paths stay as they are."""
+        text: str = yaml.safe_dump(
+            self._content(),
+            sort_keys=False,
+            allow_unicode=True,
+            default_flow_style=None,
+            width=100_000,
+        )
+        return text
+
+    def _content(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class _Where:
+    """Says where in the plan something was found: ``file:line``, or ``plan`` and the key."""
+
+    def __init__(self, file: str | None, lines: Mapping[_Location, int]) -> None:
+        self.file = file
+        self.lines = lines
+
+    def line(self, location: _Location) -> int:
+        """Return the line of a location, or of the nearest thing around it."""
+        while location and location not in self.lines:
+            location = location[:-1]
+        return self.lines.get(location, 1)
+
+    def __call__(self, location: _Location) -> str:
+        key = ".".join(str(part) for part in location)
+        if self.file is None:
+            return f"plan: {key}" if key else "plan"
+        return f"{self.file}:{self.line(location)}: {key}".removesuffix(": ")
+
+
+def _build(
+    cls: type[Plan], data: Any, where: _Where, path: Path | None, base_dir: Path | None
+) -> Plan:
+    """Validate, then connect: every error of one stage is reported at once."""
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where(())}: found {_show(data)}, expected a mapping with {_SHAPE}.")
+    _refuse_older_spelling(data, where)
+    data, rule_locations = _mapping_to_rules(data, where)
+    try:
+        plan = cls.model_validate(data)
+    except ValidationError as error:
+        raise PlanError("\n".join(_explain(e, where) for e in error.errors())) from None
+    except PlanError:
+        raise PlanError("\n".join(_explain_patterns(data, rule_locations, where))) from None
+    for rule, location in zip(plan.rules, rule_locations, strict=True):
+        rule._line = where.line(location) if where.file is not None else None
+    problems = _unknown_sources(plan, rule_locations, where)
+    if problems:
+        raise PlanError("\n".join(problems))
+    plan._path, plan._base_dir = path, base_dir
+    return plan
+
+
+def _refuse_older_spelling(data: Mapping[str, Any], where: _Where) -> None:
+    model = data.get("model")
+    if "mixed_precision" in data:
+        location: _Location = ("mixed_precision",)
+    elif isinstance(model, Mapping) and "mixed_precision" in model:
+        location = ("model", "mixed_precision")
+    else:
+        return
+    raise PlanError(
+        f"{where(location)}: an older spelling of a plan, which this version does not read; "
+        f"expected {_SHAPE}. Rewrite it: version: 1, one entry of sources: (NAME: {{path: ...}}) "
+        "for each *_path, base: the source for all the rest; weight_mapping: can stay, at the "
+        "top level, in place of rules:."
+    )
+
+
+def _mapping_to_rules(
+    data: Mapping[str, Any], where: _Where
+) -> tuple[Mapping[str, Any], list[_Location]]:
+    """Turn ``weight_mapping`` into rules; also return where each rule was written."""
+    if "weight_mapping" not in data:
+        rules = data.get("rules")
+        return data, [("rules", i) for i in range(len(rules) if isinstance(rules, list) else 0)]
+    mapping = data["weight_mapping"]
+    if "rules" in data:
+        raise PlanError(
+            f"{where(('weight_mapping',))}: found beside rules:, expected one of the two. "
+            "Move its entries into rules:."
+        )
+    if not isinstance(mapping, Mapping):
+        raise PlanError(
+            f"{where(('weight_mapping',))}: found {_show(mapping)}, expected a mapping of module "
+            "or pattern to source. For a list use rules:."
+        )
+    problems = [
+        f"{where(('weight_mapping', match))}: found {_show(match)}: {_show(source)}, expected a "
+        "pattern and the name of a source, both strings. Quote them."
+        for match, source in mapping.items()
+        if not (isinstance(match, str) and isinstance(source, str))
+    ]
+    if problems:
+        raise PlanError("\n".join(problems))
+    data = {key: value for key, value in data.items() if key != "weight_mapping"}
+    data["rules"] = [{"match": match, "source": source} for match, source in mapping.items()]
+    return data, [("weight_mapping", match) for match in mapping]
+
+
+def _explain_patterns(
+    data: Mapping[str, Any], locations: list[_Location], where: _Where
+) -> list[str]:
+    """Say what is wrong with each malformed pattern."""
+    problems = []
+    for rule, location in zip(data["rules"], locations, strict=True):
+        match = rule.get("match") if isinstance(rule, Mapping) else None
+        if isinstance(match, str):
+            try:
+                compile_pattern(match)
+            except PlanError as error:
+                problems.append(f"{where(location)}: {error}")
+    return problems
+
+
+def _unknown_sources(plan: Plan, locations: list[_Location], where: _Where) -> list[str]:
+    """Say which rules, or the base, name a source that is not there."""
+    named: list[tuple[str, _Location]] = [(plan.base, ("base",))]
+    named += [(rule.source, location) for rule, location in zip(plan.rules, locations, strict=True)]
+    return [
+        f"{where(location)}: source {_show(name)} is not among sources:, expected "
+        f"{_choices(name, plan.sources)}"
+        for name, location in named
+        if name not in plan.sources
+    ]
+
+
+def _explain(error: Any, where: _Where) -> str:
+    """Turn one error of pydantic into where, found, expected, remedy."""
+    location: _Location = error["loc"]
+    found = _show(error["input"])
+    if location[-1:] == ("[key]",):
+        key = (*location[:-2], str(location[-2]))
+        return (
+            f"{where(key)}: found the name {found}, expected a string of letters, digits "
+            'and "_", "." or "-" inside. Rename the source.'
+        )
+    match error["type"]:
+        case "missing":
+            keys = ", ".join(_keys(location))
+            return f"{where(location[:-1])}: no key {_show(location[-1])}, expected {keys}. Add it."
+        case "extra_forbidden":
+            choices = _choices(location[-1], _keys(location))
+            return f"{where(location)}: unknown key, expected {choices}"
+        case "literal_error":
+            return f"{where(location)}: found {found}, expected {error['ctx']['expected']}."
+        case "int_type" | "greater_than_equal" | "less_than_equal":
+            return f"{where(location)}: found {found}, expected 1, the version that is read here."
+        case "string_type":
+            return f"{where(location)}: found {found}, expected a string. Quote it."
+        case "model_type" | "model_attributes_type" | "dict_type" | "list_type":
+            kind = "a list" if error["type"] == "list_type" else "a mapping"
+            keys = "" if len(location) == 1 else f" with {', '.join(_keys((*location, '')))}"
+            return f"{where(location)}: found {found}, expected {kind}{keys}."
+        case _:
+            return f"{where(location)}: found {found}: {error['msg']}."
+
+
+def _keys(location: _Location) -> list[str]:
+    """Return the keys that the mapping has in which ``location`` names a key."""
+    match location[:-1]:
+        case ():
+            return list(Plan.model_fields)
+        case ("sources", _):
+            return list(Source.model_fields)
+        case ("rules", _):
+            return list(Rule.model_fields)
+        case _:
+            return list(Options.model_fields)
+
+
+def _choices(name: Hashable, names: Any) -> str:
+    """List what could have been meant, the nearest first."""
+    text = f"one of {', '.join(names)}."
+    near = get_close_matches(str(name), list(names), n=1)
+    return f"{text} Nearest: {near[0]}." if near else f"{text} Correct the name."
+
+
+def _show(value: Any) -> str:
+    """Quote a value for a message, cut to a readable length."""
+    text = f'"{value}"' if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _load_yaml(file: Path) -> tuple[Any, dict[_Location, int]]:
+    """Parse one YAML document without running anything in it.
+
+    Returns:
+        The data, and the line of each key and list item by its location in the data.
+    """
+    try:
+        with open(file, "rb") as stream:
+            raw = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PlanError(
+            f"{file}: cannot be read ({error.strerror or error}). Correct the plan's path."
+        ) from error
+    if len(raw) > MAX_FILE_BYTES:
+        raise PlanError(
+            f"{file}: larger than {MAX_FILE_BYTES} bytes, expected a plan. Use patterns in "
+            "place of one rule for each module."
+        )
+    lines: dict[_Location, int] = {}
+    try:
+        _check_depth(file, raw)
+        loader = _SafeLoader(raw)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None, lines
+            _NodeCheck(file, lines).visit(node, ())
+            return loader.construct_document(node), lines
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise PlanError(
+            f"{file}:{line}: not valid YAML ({error.problem or error.context}). Correct the line."
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PlanError(f"{file}:1: not valid YAML ({reason}). Correct the file.") from error
+
+
+def _check_depth(file: Path, raw: bytes) -> None:
+    """Bound the nesting before anything recurses: libyaml's composer would overrun the stack."""
+    depth = 0
+    for event in yaml.parse(raw, Loader=_SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise PlanError(
+                    f"{file}:{line}: nested more than {MAX_DEPTH} deep, "
+                    "expected a plan. Correct the brackets."
+                )
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+class _NodeCheck:
+    """Walks a YAML document: notes lines, refuses duplicate keys and runaway aliases."""
+
+    def __init__(self, file: Path, lines: dict[_Location, int]) -> None:
+        self.file = file
+        self.lines = lines
+        self.seen: set[int] = set()
+        self.open: set[int] = set()
+        self.aliased_nodes = 0
+
+    def visit(self, node: yaml.Node, location: _Location) -> None:
+        """Visit a node and all below it, as often as aliases repeat them."""
+        if isinstance(node, yaml.ScalarNode):
+            return
+        if id(node) in self.open:
+            self._refuse(node, "an alias inside its own anchor, expected no cycle. Remove it")
+        if id(node) in self.seen:
+            self.aliased_nodes += len(node.value)
+            if self.aliased_nodes > MAX_ALIASED_NODES:
+                self._refuse(
+                    node,
+                    f"aliases repeat more than {MAX_ALIASED_NODES} nodes, expected a plan. "
+                    "Write the rules out",
+                )
+        self.seen.add(id(node))
+        self.open.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            self._visit_mapping(node, location)
+        else:
+            for i, item in enumerate(node.value):
+                self.lines.setdefault((*location, i), item.start_mark.line + 1)
+                self.visit(item, (*location, i))
+        self.open.remove(id(node))
+
+    def _visit_mapping(self, node: yaml.MappingNode, location: _Location) -> None:
+        first_lines: dict[tuple[str, str], int] = {}
+        merged = []
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                self._refuse(key, "a key that is a list or a mapping, expected a string")
+            first = first_lines.get((key.tag, key.value))
+            if first is not None:
+                self._refuse(
+                    key, f'key "{key.value}" is also in line {first}, expected once. Remove one'
+                )
+            first_lines[(key.tag, key.value)] = line
+            if key.tag == "tag:yaml.org,2002:merge":
+                merged.append(value)
+                continue
+            self.lines[(*location, key.value)] = line
+            self.visit(value, (*location, key.value))
+        for value in merged:
+            mappings = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for mapping in mappings:
+                self.visit(mapping, location)
+
+    def _refuse(self, node: yaml.Node, what: str) -> None:
+        raise PlanError(f"{self.file}:{node.start_mark.line + 1}: {what}.")

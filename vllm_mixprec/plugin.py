@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``register()``: the only place that touches vLLM's registries.
+
+vLLM calls it in the front end, the engine core and every worker, maybe more than once, and logs
+and swallows what it raises; so it imports little and registers classes that explain themselves.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_registered = False
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: quantization method, load format, start-up check."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.model_loader import register_model_loader
+
+    from vllm_mixprec.loading.loader import LOAD_FORMAT, MixPrecLoader
+    from vllm_mixprec.quant.config import METHOD, MixPrecConfig
+
+    register_quantization_config(METHOD)(MixPrecConfig)
+    register_model_loader(LOAD_FORMAT)(MixPrecLoader)
+    _hook_start()
+
+
+def _hook_start() -> None:
+    """See every model's ``VllmConfig`` before its engine starts.
+
+    vLLM looks an architecture up in ``MODELS_CONFIG_MAP`` (models/config.py) and calls what it
+    finds with the whole config: each entry is extended by :func:`prepare`.
+    """
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class PrepareMixPrec(VerifyAndUpdateConfig):
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+            super().verify_and_update_config(vllm_config)
+            if vllm_config.model_config.quantization == "mixprec":
+                from vllm_mixprec.start import prepare
+
+                prepare(vllm_config)
+
+    hooks: dict[type, Any] = {VerifyAndUpdateConfig: PrepareMixPrec}
+    for architecture in ModelRegistry.get_supported_archs():
+        stock = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+        if stock not in hooks:
+            hooks[stock] = type(f"MixPrec{stock.__name__}", (PrepareMixPrec, stock), {})
+        MODELS_CONFIG_MAP[architecture] = hooks[stock]

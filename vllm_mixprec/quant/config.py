@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantization config that vLLM finds under ``quant_method: mixprec``."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Module
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.errors import PlanError, RouteError
+from vllm_mixprec.plan import Plan
+from vllm_mixprec.quant.experts import MixedExpertsMethod
+from vllm_mixprec.quant.methods import experts_method, linear_method, usable_platform
+from vllm_mixprec.routing import Layout, RouteTable, load_route_table
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.model_executor.models.utils import WeightsMapper
+
+logger = init_logger("vllm.mixprec")
+
+# vLLM's names of the fused linears in routing.fused.FUSED_LAYERS, for models that declare none in
+# their packed_modules_mapping (Qwen3-MoE leaves out gate_up_proj of its dense and shared experts).
+_FUSED_PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+METHOD = "mixprec"
+OVERRIDE_KEY = "mixprec_plan"  # in --hf-overrides
+
+
+def plan_path(model: str, hf_config: "PretrainedConfig") -> Path:
+    """Find the plan of a model: ``--hf-overrides`` first, then a composed directory's config.
+
+    Raises:
+        PlanError: neither names one.
+    """
+    override = getattr(hf_config, OVERRIDE_KEY, None)
+    if override is not None:
+        return Path(override)
+    named = (getattr(hf_config, "quantization_config", None) or {}).get("plan")
+    if named is None:
+        raise PlanError(
+            f"{model}: quantization {METHOD!r} without a plan; expected a directory made by "
+            f'`vllm-mixprec compose`, or --hf-overrides \'{{"{OVERRIDE_KEY}": "plan.yaml"}}\''
+        )
+    return Path(model) / named
+
+
+def layout_of(vllm_config: VllmConfig) -> Layout:
+    """Return the parallel layout that decides which tensors a rank holds and where they are cut."""
+    parallel = vllm_config.parallel_config
+    return Layout(
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        expert_parallel=parallel.enable_expert_parallel,
+    )
+
+
+class MixPrecConfig(QuantizationConfig):
+    """Gives each layer the method of the format that the plan routes it to."""
+
+    def __init__(self, plan: Path | None = None) -> None:
+        super().__init__()
+        self.plan = plan
+        self._mappers: list[WeightsMapper] = []
+        self._table: RouteTable | None = None
+        self._base_names: dict[str, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers resolve the plan themselves: reading headers is quicker than pickling a table.
+        return self.__dict__ | {"_table": None, "_base_names": None}
+
+    def __repr__(self) -> str:
+        return f"MixPrecConfig(plan={str(self.plan)!r})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1  # each format's own need is in routing.kernels.KERNELS
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MixPrecConfig":
+        return cls()  # maybe_update_config knows the model's directory, this does not
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim a model whose base is itself quantised when the user asks for ``mixprec``."""
+        return METHOD if user_quant == METHOD else None
+
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: "PretrainedConfig | None" = None,
+        revision: str | None = None,
+    ) -> None:
+        assert hf_config is not None
+        self.plan = plan_path(model_name, hf_config)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        self._mappers.append(hf_to_vllm_mapper)
+        self._base_names = None
+
+    @property
+    def table(self) -> RouteTable:
+        """Where every tensor comes from; resolved once a process, from headers only."""
+        if self._table is None:
+            assert self.plan is not None
+            layout = layout_of(get_current_vllm_config())
+            self._table = load_route_table(
+                Plan.from_yaml(self.plan), layout=layout, platform=usable_platform()
+            )
+        return self._table
+
+    @property
+    def base_names(self) -> dict[str, str]:
+        """vLLM's module name -> the base checkpoint's; equal for most models."""
+        if self._base_names is None:
+            self._base_names = {}
+            for module in self.table.routes:
+                name: str | None = f"{module}.weight"
+                for mapper in self._mappers:
+                    name = mapper.map_name(name) if name is not None else None
+                if name is not None:
+                    self._base_names[name.removesuffix(".weight")] = module
+        return self._base_names
+
+    def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            return linear_method(self._scheme(prefix), self.table.platform, layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            groups = self.table.expert_groups(self._base_prefix(prefix))
+            if len(groups) == 1:
+                return experts_method(groups[0].scheme, self.table.platform, layer, prefix)
+            if not groups:
+                raise RouteError(
+                    f"{prefix}: vLLM builds routed experts here, the base checkpoint has none under "
+                    "that name. Compare the base's config.json with its tensors"
+                )
+            return MixedExpertsMethod(groups, self.table.platform, layer)
+        return None  # embeddings, the head and attention hold their weights unquantised
+
+    def _scheme(self, prefix: str) -> Scheme:
+        """The one scheme of a linear layer's parts; routing has made them equal."""
+        parent, _, leaf = prefix.rpartition(".")
+        parts: Iterable[str] = self.packed_modules_mapping.get(leaf) or _FUSED_PARTS.get(leaf, ())
+        names = [f"{parent}.{part}" if parent else part for part in parts] or [prefix]
+        routes = [self.table.routes.get(self.base_names.get(name, "")) for name in names]
+        schemes = {route.served for route in routes if route is not None}
+        if len(schemes) > 1:
+            raise RouteError(
+                f"{prefix}: its parts are served as {', '.join(sorted(s.label for s in schemes))}; "
+                "vLLM fuses them into one layer that routing does not know. Route "
+                f"{', '.join(names)} to one source"
+            )
+        # No tensor at all: the loader reports every parameter that nothing filled, with its name.
+        return schemes.pop() if schemes else self.table.base_scheme
+
+    def _base_prefix(self, prefix: str) -> str:
+        """The base's name of a layer that is no module of its own, such as ``mlp.experts``."""
+        for name, module in self.base_names.items():
+            if name.startswith(f"{prefix}."):
+                return module[: len(module) - len(name) + len(prefix)]
+        return prefix

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer methods for x86 CPUs, where stock vLLM has no FP8 and no int4 experts without AMX.
+
+Every method keeps its weights in the checkpoint's precision: parameters are created in the
+checkpoint's layout, so that vLLM's own weight loaders cut the tensor-parallel shards, and are
+reordered once for the kernel after loading.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Module, Parameter
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import (
+    BlockQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.errors import UnsupportedError
+from vllm_mixprec.quant.cpu_ops import (
+    ExpertKernel,
+    mixed_experts,
+    pack_bf16,
+    pack_fp8,
+    pack_int4,
+    pack_int4_linear,
+)
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+GPTQ_SYMMETRIC_ZERO = 0x77777777  # eight times zero point 8, stored as GPTQ v1 does: minus one
+
+
+class _CpuLinearMethod(LinearMethodBase):
+    """What the packed linear methods share: parameters in, one tensor list out."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def _finish(self, layer: Module, stored: tuple[str, ...], **packed: torch.Tensor) -> None:
+        """Replace the ``stored`` parameters by the kernel's tensors, freeing the former."""
+        for name in stored:
+            delattr(layer, name)
+        for name, tensor in packed.items():
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+    def apply(
+        self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = self._matmul(layer, rows)
+        if bias is not None:
+            out = out + bias
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def _matmul(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@register_weight_loader_v2_supported_method
+class CpuFp8LinearMethod(_CpuLinearMethod):
+    """FP8 block weights (N, K) E4M3 with float32 scales (N / block_n, K / block_k), bf16 in and out."""
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        assert self.scheme.block is not None
+        block_n, block_k = self.scheme.block
+        rows, columns = sum(output_partition_sizes), input_size_per_partition
+        loader = extra_weight_attrs["weight_loader"]
+        layer.weight_block_size = [block_n, block_k]  # vLLM's fused loaders cut scales by it
+        layer.register_parameter(
+            "weight",
+            ModelWeightParameter(
+                data=torch.empty(rows, columns, dtype=torch.float8_e4m3fn),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=loader,
+            ),
+        )
+        layer.register_parameter(
+            "weight_scale_inv",
+            BlockQuantScaleParameter(
+                data=torch.empty(-(-rows // block_n), -(-columns // block_k), dtype=torch.float32),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=loader,
+            ),
+        )
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        self._finish(
+            layer,
+            ("weight", "weight_scale_inv"),
+            weight=torch.ops._C.convert_weight_packed(layer.weight.data),
+            weight_scale_inv=layer.weight_scale_inv.data.contiguous(),
+        )
+
+    def _matmul(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops._C.fp8_scaled_mm_cpu(
+            x.contiguous(),
+            layer.weight,
+            layer.weight_scale_inv,
+            list(self.scheme.block),
+            None,
+            x.dtype,
+            True,
+        )
+
+
+@register_weight_loader_v2_supported_method
+class CpuInt4LinearMethod(_CpuLinearMethod):
+    """GPTQ int4 weights, symmetric or not; the kernel rounds activations to int8 a token."""
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        group_size = self.scheme.group_size
+        assert group_size is not None
+        rows, columns = input_size_per_partition, sum(output_partition_sizes)
+        loader = extra_weight_attrs["weight_loader"]
+        layer.register_parameter(
+            "qweight",
+            PackedvLLMParameter(
+                data=torch.empty(rows // 8, columns, dtype=torch.int32),
+                input_dim=0,
+                output_dim=1,
+                packed_dim=0,
+                packed_factor=8,
+                weight_loader=loader,
+            ),
+        )
+        layer.register_parameter(
+            "scales",
+            GroupQuantScaleParameter(
+                data=torch.empty(rows // group_size, columns, dtype=torch.float32),
+                input_dim=0,
+                output_dim=1,
+                weight_loader=loader,
+            ),
+        )
+        layer.register_parameter(
+            "qzeros",
+            PackedvLLMParameter(
+                data=torch.empty(rows // group_size, columns // 8, dtype=torch.int32),
+                input_dim=0,
+                output_dim=1,
+                packed_dim=1,
+                packed_factor=8,
+                weight_loader=loader,
+            ),
+        )
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        zeros = _gptq_v1_zeros(self.scheme, layer.qzeros.data)
+        weight, zero, scale = pack_int4_linear(layer.qweight.data, layer.scales.data, zeros)
+        self._finish(
+            layer, ("qweight", "qzeros", "scales"), qweight=weight, qzeros=zero, scales=scale
+        )
+
+    def _matmul(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
+        return ops.int4_scaled_mm_cpu(
+            x.contiguous(), layer.qweight, layer.qzeros, layer.scales, None
+        )
+
+
+def _gptq_v1_zeros(scheme: Scheme, zeros: torch.Tensor) -> torch.Tensor:
+    """Return qzeros as GPTQ v1 stores them; a symmetric v2 checkpoint's are one constant."""
+    if scheme.zero_offset == 1:
+        return zeros
+    assert scheme.symmetric, "routing widens asymmetric GPTQ v2 weights"
+    return torch.full_like(zeros, GPTQ_SYMMETRIC_ZERO)
+
+
+class CpuExpertsMethod(FusedMoEMethodBase):
+    """Routed experts of one format through ``fused_experts_cpu``; a subclass for each format."""
+
+    kernel: ExpertKernel
+
+    def __init__(self, scheme: Scheme, layer: "RoutedExperts") -> None:
+        super().__init__(layer.moe_config)
+        self.scheme = scheme
+        if self.moe.has_bias or layer.activation.value != "silu":
+            raise UnsupportedError(
+                f"{layer.layer_name}: experts with activation {layer.activation.value!r}"
+                f"{' and biases' if self.moe.has_bias else ''} have no {scheme.label} kernel on this "
+                "CPU; found in config.json, expected silu without biases. Route these experts to an "
+                "unquantised source only"
+            )
+        if layer.apply_router_weight_on_input:
+            raise UnsupportedError(
+                f"{layer.layer_name}: the model weighs expert inputs, not outputs, which the "
+                f"{scheme.label} kernel cannot. Route these experts to an unquantised source only"
+            )
+
+    @property
+    def topk_indices_dtype(self) -> torch.dtype:
+        return torch.int32
+
+    @property
+    def blocks(self) -> list[int]:
+        return list(self.scheme.block or (0, 0))
+
+    def get_fused_moe_quant_config(self, layer: "RoutedExperts") -> FusedMoEQuantConfig:
+        return FusedMoEQuantConfig.make()
+
+    def tensors(self, layer: "RoutedExperts") -> list[torch.Tensor]:
+        """The layer's packed tensors in the order that the op expects."""
+        return [getattr(layer, name) for name in self.names]
+
+    names: tuple[str, ...]  # parameter names, in the op's order
+
+    def apply(
+        self,
+        layer: "RoutedExperts",
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Module | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return mixed_experts(
+            x,
+            topk_weights,
+            topk_ids,
+            getattr(layer, "expert_slots", None),
+            self.tensors(layer),
+            [int(self.kernel)],
+            self.blocks,
+        )
+
+    def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
+        if layer.expert_map is not None:  # expert parallelism: -1 marks the other ranks' experts
+            expert_map = layer.expert_map.to(torch.int32)
+            group = torch.where(expert_map < 0, -1, 0).to(torch.int32)
+            layer.register_buffer(
+                "expert_slots", torch.stack([group, expert_map]), persistent=False
+            )
+        packed = self.pack(*(getattr(layer, name).data for name in self.names))
+        for name, tensor in zip(self.names, packed, strict=True):
+            delattr(layer, name)
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+    def pack(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        raise NotImplementedError
+
+
+def _expert_parameter(
+    layer: Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict[str, Any]
+) -> None:
+    parameter = Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    layer.register_parameter(name, parameter)
+    set_weight_attrs(parameter, attributes)
+
+
+class CpuBf16ExpertsMethod(CpuExpertsMethod):
+    """bf16 experts; about twice as fast as the "vec" kernel that stock vLLM takes without AMX."""
+
+    kernel = ExpertKernel.BF16
+    names = ("w13_weight", "w2_weight")
+
+    def create_weights(
+        self,
+        layer: "RoutedExperts",
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        inner = intermediate_size_per_partition
+        attributes = extra_weight_attrs
+        w13, w2 = (num_experts, 2 * inner, hidden_size), (num_experts, hidden_size, inner)
+        _expert_parameter(layer, "w13_weight", w13, params_dtype, attributes)
+        _expert_parameter(layer, "w2_weight", w2, params_dtype, attributes)
+
+    def pack(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return pack_bf16(*tensors)
+
+
+class CpuFp8ExpertsMethod(CpuExpertsMethod):
+    """FP8 block experts, W8A16."""
+
+    kernel = ExpertKernel.FP8_BLOCK
+    names = ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv")
+
+    def create_weights(
+        self,
+        layer: "RoutedExperts",
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        assert self.scheme.block is not None
+        block_n, block_k = self.scheme.block
+        inner = intermediate_size_per_partition
+        attributes = extra_weight_attrs
+        scales = attributes | {"quant_method": FusedMoeWeightScaleSupported.BLOCK.value}
+        for name, rows, columns in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
+            shape = (num_experts, rows, columns)
+            _expert_parameter(layer, f"{name}_weight", shape, torch.float8_e4m3fn, attributes)
+            shape = (num_experts, -(-rows // block_n), -(-columns // block_k))
+            _expert_parameter(layer, f"{name}_weight_scale_inv", shape, torch.float32, scales)
+
+    def pack(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return pack_fp8(*tensors)
+
+
+class CpuInt4ExpertsMethod(CpuExpertsMethod):
+    """GPTQ int4 experts, W4A8, symmetric or not."""
+
+    kernel = ExpertKernel.INT4
+    names = ("w13_qweight", "w2_qweight", "w13_scales", "w2_scales", "w13_qzeros", "w2_qzeros")
+
+    def create_weights(
+        self,
+        layer: "RoutedExperts",
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        group_size = self.scheme.group_size
+        assert group_size is not None
+        inner = intermediate_size_per_partition
+        attributes = extra_weight_attrs | {
+            "quant_method": FusedMoeWeightScaleSupported.GROUP.value,
+            "is_transposed": True,
+        }
+        for name, rows, columns in (("w13", hidden_size, 2 * inner), ("w2", inner, hidden_size)):
+            groups = 1 if group_size < 0 else rows // group_size  # -1: one group spans all of K
+            shape = (num_experts, rows // 8, columns)
+            _expert_parameter(layer, f"{name}_qweight", shape, torch.int32, attributes)
+            shape = (num_experts, groups, columns)
+            _expert_parameter(layer, f"{name}_scales", shape, torch.float32, attributes)
+            shape = (num_experts, groups, columns // 8)
+            _expert_parameter(layer, f"{name}_qzeros", shape, torch.int32, attributes)
+
+    def pack(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        w13, w2, s13, s2, z13, z2 = tensors
+        zeros = (_gptq_v1_zeros(self.scheme, z) for z in (z13, z2))
+        return pack_int4(w13, w2, s13, s2, *zeros)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's compiled x86 expert kernels, for experts of one layer in several formats.
+
+vLLM 0.32 ships ``fused_experts_cpu`` (csrc/cpu/sgl-kernels/moe.cpp) for bf16, FP8 and int4 weights
+but offers it only on CPUs with AMX tiles. The kernels themselves run on AVX512_BF16 without AMX;
+:func:`probe` runs each on a known case before it is trusted. Their traps, all avoided here: an
+expert id of -1 crashes them, an empty batch divides by zero, and non-contiguous ids or weights give
+wrong results without an error.
+"""
+
+from enum import IntEnum
+from functools import cache
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_dtype
+
+
+class ExpertKernel(IntEnum):
+    """A weight format of ``fused_experts_cpu``; the values are vLLM's ``CPUQuantMethod``."""
+
+    BF16 = 0
+    FP8_BLOCK = 2
+    INT4 = 3
+
+
+# How many tensors a group passes to the op: w13, w2, then scales, then zero points.
+_TENSORS = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, ExpertKernel.INT4: 6}
+
+
+def pack_bf16(w13: torch.Tensor, w2: torch.Tensor) -> list[torch.Tensor]:
+    """Reorder bf16 weights (E, 2I, H) and (E, H, I) for the kernel; shapes stay."""
+    return [torch.ops._C.convert_weight_packed(w13), torch.ops._C.convert_weight_packed(w2)]
+
+
+def pack_fp8(
+    w13: torch.Tensor, w2: torch.Tensor, w13_scale: torch.Tensor, w2_scale: torch.Tensor
+) -> list[torch.Tensor]:
+    """Reorder E4M3 weights; scales are float32 (E, N / block_n, K / block_k)."""
+    return [*pack_bf16(w13, w2), w13_scale.contiguous(), w2_scale.contiguous()]
+
+
+def pack_int4(
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w13_zero: torch.Tensor,
+    w2_zero: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Block GPTQ v1 tensors for the kernel; scales become float32, zero points int8.
+
+    ``w13`` (E, H / 8, 2I) int32, ``w13_scale`` (E, H / g, 2I), ``w13_zero`` (E, H / g, 2I / 8) int32
+    holding zero point - 1; ``w2`` likewise with K = I and N = H. The same function serves a linear
+    layer's 2-D tensors through :func:`pack_int4_linear`.
+    """
+    w13, z13, s13 = pack_int4_linear(w13, w13_scale, w13_zero)
+    w2, z2, s2 = pack_int4_linear(w2, w2_scale, w2_zero)
+    return [w13, w2, s13, s2, z13, z2]
+
+
+def pack_int4_linear(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the blocked (weight uint8, zero int8, scale float32) of GPTQ v1 tensors."""
+    return ops.convert_weight_packed_scale_zp(
+        weight.contiguous(), zero.contiguous(), scale.float().contiguous(), ops.CPUQuantAlgo.GPTQ
+    )
+
+
+def _run(
+    kernel: int,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    tensors: list[torch.Tensor],
+    block: list[int],
+) -> torch.Tensor:
+    """Run one kernel: ``x`` (M, H), ``weights`` float32 and ``ids`` int32 (M, k) of local slots."""
+    out = torch.empty_like(x)
+    scales = tensors[2:4] if len(tensors) > 2 else (None, None)
+    zeros = tensors[4:6] if len(tensors) > 4 else (None, None)
+    # The dispatcher is called directly: the Python wrapper of vLLM costs as much again per call.
+    torch.ops._C.fused_experts_cpu(
+        *(out, x, tensors[0], tensors[1], weights, ids, kernel, *scales, *zeros, None),
+        *(block or None, None, None, None, None, True),
+    )
+    return out
+
+
+def _mixed_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    slots: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    kernels: list[int],
+    blocks: list[int],
+) -> torch.Tensor:
+    """Run the routed experts of one layer, one kernel call for each group of one format.
+
+    Args:
+        x: (M, H) bfloat16.
+        topk_weights: (M, k) float32.
+        topk_ids: (M, k) logical expert ids.
+        slots: (2, experts) int32, contiguous: group of an expert (-1: on another rank) and its slot
+            in that group. None: one group that holds every expert in order.
+        tensors: the groups' packed tensors, one group after the other.
+        kernels: an :class:`ExpertKernel` a group.
+        blocks: two ints a group, the FP8 block (N, K); 0 where the format has none.
+
+    Returns:
+        (M, H) like ``x``: the sum over groups, accumulated in float32.
+    """
+    topk_weights = topk_weights.float().contiguous()
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    x = x.contiguous()
+    if slots is None:
+        ids = topk_ids.to(torch.int32).contiguous()
+        return _run(kernels[0], x, topk_weights, ids, tensors, _block(blocks, 0))
+
+    groups, start = [], 0
+    for kernel in kernels:
+        groups.append(tensors[start : start + _TENSORS[ExpertKernel(kernel)]])
+        start += len(groups[-1])
+    if x.shape[0] == 1:
+        return _mixed_one_token(x, topk_weights, topk_ids, slots, groups, kernels, blocks)
+
+    # Each (token, choice) pair becomes a row with one expert, because the kernel cannot skip a
+    # pair that belongs to another group.
+    top_k = topk_ids.shape[1]
+    pair_group, pair_slot = slots[:, topk_ids.reshape(-1).long()]
+    pair_weights = topk_weights.view(-1, 1)
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for number, group in enumerate(groups):
+        pairs = (pair_group == number).nonzero().squeeze(1)
+        if pairs.numel() == 0:
+            continue
+        rows = pairs.div(top_k, rounding_mode="floor")
+        part = _run(
+            kernels[number],
+            x.index_select(0, rows),
+            pair_weights.index_select(0, pairs),
+            pair_slot.index_select(0, pairs).unsqueeze(1),
+            group,
+            _block(blocks, number),
+        )
+        total.index_add_(0, rows, part.float())
+    return total.to(x.dtype)
+
+
+def _mixed_one_token(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    slots: torch.Tensor,
+    groups: list[list[torch.Tensor]],
+    kernels: list[int],
+    blocks: list[int],
+) -> torch.Tensor:
+    """Decode at batch 1: every group reads the same row, so nothing is gathered or scattered."""
+    pair_group, pair_slot = slots[:, topk_ids.view(-1).long()].tolist()
+    total = None
+    for number, group in enumerate(groups):
+        pairs = [pair for pair, g in enumerate(pair_group) if g == number]
+        if not pairs:
+            continue
+        ids = torch.tensor([[pair_slot[pair] for pair in pairs]], dtype=torch.int32)
+        weights = topk_weights if len(pairs) == len(pair_group) else topk_weights[:, pairs]
+        part = _run(kernels[number], x, weights, ids, group, _block(blocks, number))
+        total = part if total is None else total + part
+    return torch.zeros_like(x) if total is None else total
+
+
+def _block(blocks: list[int], number: int) -> list[int]:
+    block = blocks[2 * number : 2 * number + 2]
+    return block if block[0] else []
+
+
+def _mixed_experts_fake(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    slots: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    kernels: list[int],
+    blocks: list[int],
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_library = torch.library.Library("vllm_mixprec", "FRAGMENT")
+direct_register_custom_op(
+    "cpu_mixed_experts",
+    _mixed_experts,
+    fake_impl=_mixed_experts_fake,
+    target_lib=_library,
+    dispatch_key="CPU",
+)
+mixed_experts = torch.ops.vllm_mixprec.cpu_mixed_experts
+
+
+@cache
+def probe(kernel: ExpertKernel) -> str | None:
+    """Run a kernel, experts and linear, on a small known case; None means it can be trusted.
+
+    Two experts, 256 x 128, three tokens, against float32 arithmetic on the same dequantised
+    weights. Returns what went wrong otherwise. A CPU without the instructions would die of SIGILL
+    here, so the caller asks the CPU's flags first.
+    """
+    # A worker calls this while it builds the model, under the model's default dtype and device.
+    with set_default_torch_dtype(torch.float32), torch.device("cpu"):
+        return _probe(kernel)
+
+
+def _probe(kernel: ExpertKernel) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner, group = 256, 128, 64
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x = random(3, hidden).bfloat16()
+    ids = torch.tensor([[0, 1], [1, 0], [1, 0]], dtype=torch.int32)
+    weights = torch.rand(3, 2, generator=generator)
+    dense: list[torch.Tensor] = []
+    packed: list[list[torch.Tensor]] = []
+    for n, k in ((2 * inner, hidden), (hidden, inner)):
+        if kernel is ExpertKernel.BF16:
+            weight = (random(2, n, k) / k**0.5).bfloat16()
+            dense.append(weight.float())
+            packed.append([weight])
+        elif kernel is ExpertKernel.FP8_BLOCK:
+            weight = (random(2, n, k) * 8).to(torch.float8_e4m3fn)
+            scale = torch.rand(2, n // 128, k // 128, generator=generator) / (8 * k**0.5)
+            wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+            dense.append(weight.float() * wide)
+            packed.append([weight, scale])
+        else:
+            codes = torch.randint(0, 16, (2, k, n), generator=generator)
+            zeros = torch.randint(1, 17, (2, k // group, n), generator=generator)
+            scale = torch.rand(2, k // group, n, generator=generator) / (6 * k**0.5)
+            centred = codes - zeros.repeat_interleave(group, 1)
+            dense.append((centred * scale.repeat_interleave(group, 1)).mT.contiguous())
+            shifts = torch.arange(0, 32, 4)
+            words = (codes.view(2, k // 8, 8, n) << shifts[:, None]).sum(2)
+            zero_words = ((zeros - 1).view(2, k // group, n // 8, 8) << shifts).sum(3)
+            packed.append([words.to(torch.int32), scale, zero_words.to(torch.int32)])
+    pairs = [tensor for pair in zip(*packed, strict=True) for tensor in pair]
+    pack = {
+        ExpertKernel.BF16: pack_bf16,
+        ExpertKernel.FP8_BLOCK: pack_fp8,
+        ExpertKernel.INT4: pack_int4,
+    }[kernel]
+    block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
+    try:
+        out = mixed_experts(x, weights, ids, None, pack(*pairs), [kernel], block)
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        return f"its probe raised {type(error).__name__}: {str(error).splitlines()[0]}"
+    expected = torch.zeros(3, hidden)
+    for token in range(3):
+        for choice, expert in enumerate(ids[token].tolist()):
+            gate, up = (dense[0][expert] @ x[token].float()).chunk(2)
+            act = torch.nn.functional.silu(gate) * up
+            expected[token] += weights[token, choice] * (dense[1][expert] @ act)
+    error = ((out.float() - expected).norm() / expected.norm()).item()
+    # int8 activations cost the int4 kernel about 0.02, rounding to bf16 the others 0.004; a wrong
+    # layout, sign or scale is off by 0.3 and more.
+    if not error < 0.06:
+        return f"its probe is off by {error:.3f} of the result's norm (at most 0.06)"
+    return None

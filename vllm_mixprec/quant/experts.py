@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts of one layer in several formats: a child layer for each group of one format."""
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Module
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.errors import RouteError, UnsupportedError
+from vllm_mixprec.quant.cpu import CpuExpertsMethod
+from vllm_mixprec.quant.cpu_ops import mixed_experts
+from vllm_mixprec.quant.methods import experts_method
+from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.table import ExpertGroup
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+
+_EXPERT_TENSOR = re.compile(r"(\d+)\.(\w+)\.(\w+)")
+
+
+class _GroupConfig(QuantizationConfig):
+    """The quantization config of one child: every layer under it is of one scheme."""
+
+    def __init__(self, scheme: Scheme, platform: Platform) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.platform = platform
+
+    def get_name(self) -> str:
+        return "mixprec"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "_GroupConfig":
+        raise UnsupportedError("a precision group is made by its layer, never from a config.json")
+
+    def get_quant_method(self, layer: Module, prefix: str) -> FusedMoEMethodBase:
+        assert isinstance(layer, RoutedExperts)
+        return experts_method(self.scheme, self.platform, layer, prefix)
+
+
+class _GroupMap:
+    """What a child asks of vLLM's ``ExpertMapManager``: logical expert id -> slot in the group.
+
+    ``expert_map`` is int32 [experts], -1 for experts of other groups and other ranks, the
+    convention of expert parallelism.
+    """
+
+    expert_mask = None
+    routing_tables = None
+    num_fused_shared_experts = 0
+
+    def __init__(self, parent: "ExpertMapManager", experts: tuple[int, ...]) -> None:
+        self.placement_strategy = parent.placement_strategy
+        self.local_num_experts = len(experts)
+        self.global_num_experts = parent.global_num_experts
+        self._slots = {expert: slot for slot, expert in enumerate(experts)}
+        self.expert_map = torch.full((parent.global_num_experts,), -1, dtype=torch.int32)
+        self.expert_map[list(experts)] = torch.arange(len(experts), dtype=torch.int32)
+
+    def map_global_to_local(self, expert: int) -> int:
+        return self._slots.get(expert, -1)
+
+
+class MixedExpertsMethod(FusedMoEMethodBase):
+    """Experts in two or more formats.
+
+    ``create_weights`` gives the layer one child ``RoutedExperts`` a group, each with the method,
+    parameters and post-processing of its own format; the layer itself holds no weight. Forward
+    makes one kernel call a group and sums.
+    """
+
+    def __init__(
+        self, groups: tuple[ExpertGroup, ...], platform: Platform, layer: RoutedExperts
+    ) -> None:
+        super().__init__(layer.moe_config)
+        self.groups = groups
+        self.platform = platform
+        if layer.moe_config.moe_parallel_config.use_all2all_kernels:
+            raise UnsupportedError(
+                f"{layer.layer_name}: experts in {len(groups)} formats with all-to-all expert "
+                "parallelism over data-parallel ranks; expected one format a layer there. Use "
+                "tensor-parallel expert parallelism or route each layer's experts to one source"
+            )
+
+    @property
+    def topk_indices_dtype(self) -> torch.dtype:
+        return torch.int32
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        return FusedMoEQuantConfig.make()
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        children: dict[int, RoutedExperts] = {}
+        kept = []
+        for group in self.groups:
+            local = tuple(e for e in group.experts if layer.expert_map_manager.is_local_expert(e))
+            if not local:  # expert parallelism left none of this group here
+                continue
+            moe_config = copy.copy(layer.moe_config)
+            moe_config.num_local_experts = len(local)
+            if self.platform.family == "cuda":
+                moe_config.moe_backend = _MAPPED_BACKEND.get(group.scheme.format, "triton")
+            child = RoutedExperts(
+                layer.layer_name,
+                params_dtype,
+                moe_config,
+                _GroupConfig(group.scheme, self.platform),
+                expert_map_manager=_GroupMap(layer.expert_map_manager, local),
+                ckpt_gate_proj_name=layer.ckpt_gate_proj_name,
+                ckpt_down_proj_name=layer.ckpt_down_proj_name,
+                ckpt_up_proj_name=layer.ckpt_up_proj_name,
+                renormalize=layer.renormalize,
+                scoring_func=layer.scoring_func,
+                routed_scaling_factor=layer.routed_scaling_factor,
+                swiglu_limit=layer.swiglu_limit,
+                swiglu_alpha=layer.swiglu_alpha,
+                swiglu_beta=layer.swiglu_beta,
+                apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            )
+            if child.quant_method.is_monolithic:
+                raise UnsupportedError(
+                    f"{layer.layer_name}: vLLM chose {type(child.quant_method).__name__} for the "
+                    f"{group.scheme.label} experts, which routes inside its kernel and cannot "
+                    "share a layer. Choose another --moe-backend"
+                )
+            name = f"group{len(kept)}"
+            layer.add_module(name, child)
+            kept.append(name)
+            children |= dict.fromkeys(local, child)
+        layer.group_names = tuple(kept)
+        install_expert_loader(layer, children)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Build the (2, experts) slot table; the children reorder their own weights."""
+        slots = torch.full((2, layer.global_num_experts), -1, dtype=torch.int32)
+        for number, child in enumerate(self._children(layer)):
+            expert_map = child.expert_map_manager.expert_map.to("cpu")
+            slots[0, expert_map >= 0] = number
+            slots[1, expert_map >= 0] = expert_map[expert_map >= 0]
+        layer.register_buffer("expert_slots", slots, persistent=False)
+
+    @staticmethod
+    def _children(layer: RoutedExperts) -> list[RoutedExperts]:
+        return [getattr(layer, name) for name in layer.group_names]
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Module | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        children = self._children(layer)
+        if self.platform.name == "cpu-avx512":
+            tensors, kernels, blocks = [], [], []
+            for child in children:
+                method = child.quant_method
+                assert isinstance(method, CpuExpertsMethod)
+                tensors += method.tensors(child)
+                kernels.append(int(method.kernel))
+                blocks += method.blocks
+            return mixed_experts(
+                x, topk_weights, topk_ids, layer.expert_slots, tensors, kernels, blocks
+            )
+        # Modular kernels return a fresh tensor, so the first can be added to.
+        total = None
+        for child in children:
+            child._ensure_moe_quant_config_init()
+            part = child.forward_modular(x, topk_weights, topk_ids)
+            total = part if total is None else total.add_(part)
+        return torch.zeros_like(x) if total is None else total
+
+
+# vLLM's expert kernels that skip the -1 of an expert map, by format; the others ignore the map.
+_MAPPED_BACKEND = {"gptq": "marlin"}
+
+
+def install_expert_loader(layer: RoutedExperts, children: dict[int, RoutedExperts]) -> None:
+    """Make ``layer.load_weights`` take one tensor of one expert at a time, straight to its place.
+
+    ``children`` maps the logical ids of this rank's experts to the layer that holds them, ``layer``
+    itself where all are of one format. vLLM's own ``RoutedExperts.load_weights`` rebuilds a table
+    of all experts at every call and looks parameters up on the parent only.
+    """
+    shards = {
+        layer.ckpt_gate_proj_name: ("w13", "w1"),
+        layer.ckpt_up_proj_name: ("w13", "w3"),
+        layer.ckpt_down_proj_name: ("w2", "w2"),
+    }
+    names = {id(module): f"{name}." if name else "" for name, module in layer.named_modules()}
+
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+        for name, tensor in weights:
+            match = _EXPERT_TENSOR.fullmatch(name)
+            expert, projection, suffix = match.groups() if match else ("", "", "")
+            if projection not in shards:
+                raise RouteError(
+                    f"{layer.layer_name}.{name}: expected EXPERT.PROJECTION.TENSOR with a projection "
+                    f"of {sorted(str(s) for s in shards)}. Route this module to a source that "
+                    "stores one tensor per expert projection"
+                )
+            child = children[int(expert)]
+            stem, shard = shards[projection]
+            parameter = getattr(child, f"{stem}_{suffix}", None)
+            if parameter is None:
+                raise RouteError(
+                    f"{layer.layer_name}.{name}: the layer that serves this expert has no parameter "
+                    f"{stem}_{suffix}; it holds {sorted(n for n, _ in child.named_parameters())}"
+                )
+            child.weight_loader(
+                parameter, tensor, f"{stem}_{suffix}", shard, int(expert), return_success=True
+            )
+            yield f"{names[id(child)]}{stem}_{suffix}"
+
+    layer.load_weights = load_weights

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheme and platform -> the vLLM method that serves a layer.
+
+On a GPU this delegates to vLLM's own methods for the format; on x86 CPUs to :mod:`.cpu`. Which
+pairs exist is :data:`vllm_mixprec.routing.kernels.KERNELS`; routing has widened everything else
+before a layer is built, so a pair that is missing here is a defect and raises.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Module
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.errors import UnsupportedError
+from vllm_mixprec.quant import cpu
+from vllm_mixprec.quant.cpu_ops import ExpertKernel, probe
+from vllm_mixprec.routing.kernels import Platform
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+logger = init_logger("vllm.mixprec")
+
+_CPU_LINEAR = {"fp8_block": cpu.CpuFp8LinearMethod, "gptq": cpu.CpuInt4LinearMethod}
+_CPU_EXPERTS = {
+    "bf16": cpu.CpuBf16ExpertsMethod,
+    "fp8_block": cpu.CpuFp8ExpertsMethod,
+    "gptq": cpu.CpuInt4ExpertsMethod,
+}
+_CPU_KERNELS = {
+    "bf16": ExpertKernel.BF16,
+    "fp8_block": ExpertKernel.FP8_BLOCK,
+    "gptq": ExpertKernel.INT4,
+}
+
+
+def linear_method(
+    scheme: Scheme, platform: Platform, layer: Module, prefix: str
+) -> QuantizeMethodBase:
+    """Return the method of one linear layer whose weights are all of ``scheme``."""
+    if not scheme.is_quantized:
+        return UnquantizedLinearMethod()
+    if platform.name == "cpu-avx512":
+        return _CPU_LINEAR[scheme.format](scheme)
+    method = _stock_config(scheme).get_quant_method(layer, prefix)
+    if method is None or isinstance(method, UnquantizedLinearMethod):
+        raise UnsupportedError(f"{prefix}: vLLM offers no {scheme.label} linear method here")
+    return method
+
+
+def experts_method(
+    scheme: Scheme, platform: Platform, layer: "RoutedExperts", prefix: str
+) -> FusedMoEMethodBase:
+    """Return the method of routed experts that are all of ``scheme``."""
+    if platform.name == "cpu-avx512" and (scheme.is_quantized or _fast_bf16(scheme, layer)):
+        return _CPU_EXPERTS[scheme.format](scheme, layer)
+    if not scheme.is_quantized:
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    method = _stock_config(scheme).get_quant_method(layer, prefix)
+    if method is None or isinstance(method, UnquantizedFusedMoEMethod):
+        raise UnsupportedError(f"{prefix}: vLLM offers no {scheme.label} expert method here")
+    return method
+
+
+def _fast_bf16(scheme: Scheme, layer: "RoutedExperts") -> bool:
+    """Whether ``fused_experts_cpu`` can run these unquantised experts; stock's kernel runs any."""
+    moe = layer.moe_config
+    return (
+        scheme.format == "bf16"
+        and moe.in_dtype == torch.bfloat16
+        and layer.activation.value == "silu"
+        and not moe.has_bias
+        and not layer.apply_router_weight_on_input
+        and moe.hidden_dim % 32 == 0
+        and moe.intermediate_size_per_partition % 32 == 0
+        and kernel_problem("bf16") is None
+    )
+
+
+@cache
+def kernel_problem(format: str) -> str | None:
+    """Why the compiled CPU kernel of a format cannot be trusted here; None if it can.
+
+    Runs the kernel's probe, once a process.
+    """
+    from vllm_mixprec.routing.kernels import detect_platform
+
+    if detect_platform().name != "cpu-avx512":
+        return "the CPU lacks AVX512_BF16 or AVX512_VNNI"
+    return probe(_CPU_KERNELS[format])
+
+
+@cache
+def _stock_config(scheme: Scheme) -> Any:
+    """vLLM's own config object for one scheme, as its checkpoint's config.json would give it."""
+    if scheme.format == "fp8_block":
+        from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+        assert scheme.block is not None
+        return Fp8Config(
+            is_checkpoint_fp8_serialized=True,
+            activation_scheme="dynamic",
+            weight_block_size=list(scheme.block),
+        )
+    if scheme.format == "gptq":
+        from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+
+        return AutoGPTQConfig.from_config(
+            {
+                "quant_method": "gptq",
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "desc_act": scheme.desc_act,
+                "sym": scheme.symmetric,
+                "lm_head": False,
+                "dynamic": {},
+            }
+        )
+    raise UnsupportedError(f"no vLLM method is known for the format {scheme.format!r}")
+
+
+@cache
+def usable_platform() -> Platform:
+    """This machine's platform, less the formats whose compiled kernel fails its probe."""
+    from vllm_mixprec.routing.kernels import detect_platform
+
+    platform = detect_platform()
+    if platform.name != "cpu-avx512":
+        return platform
+    failed = {}
+    for format in _CPU_LINEAR:
+        problem = kernel_problem(format)
+        if problem is not None:
+            logger.warning("the %s kernel of this vLLM is not used: %s", format, problem)
+            failed[format] = problem
+    return platform.without(failed)

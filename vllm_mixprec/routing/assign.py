@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives every module of the base its source: the rules, and whether the source fits."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from vllm_mixprec.checkpoint.formats import FORMATS, Module
+from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.index import Checkpoint
+from vllm_mixprec.plan.patterns import compile_pattern
+from vllm_mixprec.plan.plan import Plan
+from vllm_mixprec.routing.findings import FindingLog, Level, generalise, rule_place
+
+_NEAREST = 3
+_NEAREST_CUTOFF = 0.6
+
+# How checkpoint/index.py words a file or tensor that is there but that the index leaves out.
+_UNREAD = re.compile(r"\bnot read\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One module of the base with the module that stands in for it, tensors already chosen."""
+
+    source: str
+    module: Module
+    tensors: Mapping[str, TensorSpec]
+
+
+def match_rules(plan: Plan, names: Iterable[str]) -> Iterator[int]:
+    """Yield for each module name the rules that match, a bit mask with the first rule lowest.
+
+    Every pattern is compiled once, so that a plan over 100,000 modules resolves in a second.
+    """
+    matchers = [(1 << index, compile_pattern(rule.match)) for index, rule in enumerate(plan.rules)]
+    for name in names:
+        mask = 0
+        for bit, matches in matchers:
+            if matches(name):
+                mask |= bit
+        yield mask
+
+
+def first_rule(mask: int) -> int | None:
+    """Return the index of the rule that wins, None when no rule matches."""
+    return (mask & -mask).bit_length() - 1 if mask else None
+
+
+def used_sources(plan: Plan) -> tuple[str, ...]:
+    """Return the sources that routing opens: the base, then those of rules, in plan order."""
+    return tuple(dict.fromkeys([plan.base, *(rule.source for rule in plan.rules)]))
+
+
+def assign_sources(
+    plan: Plan, checkpoints: Mapping[str, Checkpoint], log: FindingLog
+) -> dict[str, Assignment]:
+    """Choose the source of every module of the base, in the base's order.
+
+    Findings go to ``log``: shards that index and directory disagree about, rules that match
+    nothing or are shadowed, modules that their source lacks or stores with another shape,
+    companions that do not fit. A module whose source is not among ``checkpoints``, or lacks it,
+    is left out.
+    """
+    base = checkpoints[plan.base]
+    for opened in checkpoints.values():
+        _report_index(opened, log)
+    matched, won = 0, 0
+    assignments: dict[str, Assignment] = {}
+    masks = match_rules(plan, base.modules)
+    for (name, module), mask in zip(base.modules.items(), masks, strict=True):
+        matched |= mask
+        won |= mask & -mask
+        rule = first_rule(mask)
+        source = plan.base if rule is None else plan.rules[rule].source
+        chosen = module
+        if source != plan.base:
+            checkpoint = checkpoints.get(source)
+            if checkpoint is None:
+                continue
+            found = checkpoint.modules.get(name)
+            if found is None:
+                _report_absent(plan, rule, checkpoint, name, log)
+                continue
+            chosen = found
+        _report_misfits(plan, source, module, chosen, log)
+        tensors = _choose_tensors(plan, source, module, chosen, log)
+        assignments[name] = Assignment(source, chosen, tensors)
+    _report_rules(plan, base, matched, won, log)
+    return assignments
+
+
+def _report_index(checkpoint: Checkpoint, log: FindingLog) -> None:
+    """Report what a checkpoint lacks as errors, and what lies there unread as warnings."""
+    for problem in checkpoint.problems:
+        file, separator, text = problem.partition(": ")
+        level: Level = "warning" if _UNREAD.search(problem) else "error"
+        where = file if separator else str(checkpoint.path)
+        log.add(level, "index-mismatch", where, text if separator else problem, noun="shards")
+
+
+def _report_absent(
+    plan: Plan, rule: int | None, checkpoint: Checkpoint, name: str, log: FindingLog
+) -> None:
+    place = rule_place(plan, rule) if rule is not None else "the plan"
+    log.add(
+        "error",
+        "module-missing",
+        name,
+        f"{place} routes it to source {checkpoint.name!r}, whose files ({checkpoint.path}) do "
+        "not hold it. Route it to another source, or narrow the rule.",
+    )
+
+
+def _report_misfits(
+    plan: Plan, source: str, module: Module, chosen: Module, log: FindingLog
+) -> None:
+    for problem in chosen.problems:
+        tensor, separator, text = problem.partition(": ")
+        where = tensor if separator else chosen.name
+        log.add(
+            "error",
+            "module-tensors",
+            where,
+            f"source {source!r}: {text if separator else problem}",
+            noun="tensors",
+        )
+    if chosen.shape != module.shape and not chosen.problems:
+        log.add(
+            "error",
+            "shape-mismatch",
+            module.name,
+            f"source {source!r} stores {chosen.scheme.label} of shape {list(chosen.shape)}, "
+            f"expected {list(module.shape)} as in base {plan.base!r}. These are checkpoints of "
+            "different models: choose another source.",
+        )
+
+
+def _choose_tensors(
+    plan: Plan, source: str, module: Module, chosen: Module, log: FindingLog
+) -> Mapping[str, TensorSpec]:
+    """Return the tensors of a module that the model has a place for."""
+    if chosen is module:
+        return chosen.tensors
+    expected, found = _beside_weight(module), _beside_weight(chosen)
+    if expected == found:
+        return chosen.tensors
+    for suffix in sorted(expected - found):
+        log.add(
+            "error",
+            "tensor-missing",
+            f"{module.name}.{suffix}",
+            f"base {plan.base!r} has it, source {source!r}, to which the module is routed, does "
+            "not. Route the module to another source.",
+            noun="tensors",
+        )
+    for suffix in sorted(found - expected):
+        log.add(
+            "warning",
+            "extra-tensor",
+            f"{module.name}.{suffix}",
+            f"source {source!r} has it, base {plan.base!r} does not: it is dropped. AutoGPTQ "
+            "writes biases of zeros so; if it is not zero, the source is another model.",
+            noun="tensors",
+            group=f"source {source!r}",
+        )
+    dropped = found - expected
+    return {suffix: spec for suffix, spec in chosen.tensors.items() if suffix not in dropped}
+
+
+def _beside_weight(module: Module) -> frozenset[str]:
+    """Suffixes that are no part of how the weight is stored: bias, e_score_correction_bias."""
+    storage = FORMATS[module.scheme.format].suffixes or {"weight"}
+    return frozenset(module.tensors).difference(storage - {"bias"})
+
+
+def _report_rules(plan: Plan, base: Checkpoint, matched: int, won: int, log: FindingLog) -> None:
+    examples: dict[str, tuple[str, str]] = {}
+    for index, rule in enumerate(plan.rules):
+        bit = 1 << index
+        if not matched & bit:
+            examples = examples or _example_names(base.modules)
+            log.add(
+                "error",
+                "rule-unmatched",
+                rule_place(plan, index),
+                f'"{rule.match}" matches no module of base {plan.base!r}. '
+                f"{_suggest(rule.match, examples)}",
+                noun="rules",
+            )
+        elif not won & bit:
+            log.add(
+                "warning",
+                "rule-shadowed",
+                rule_place(plan, index),
+                f'"{rule.match}" has no effect: rules above it take every module that it '
+                "matches. Move it up, or remove it.",
+                noun="rules",
+            )
+
+
+def _example_names(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return every kind of name, parents too: ``model.layers.*`` -> its first and last one."""
+    examples: dict[str, tuple[str, str]] = {}
+    for module in modules:
+        kind, name = generalise(module), module
+        while kind:
+            first, _ = examples.get(kind, (name, name))
+            examples[kind] = (first, name)
+            kind, name = kind.rpartition(".")[0], name.rpartition(".")[0]
+    return dict(sorted(examples.items()))
+
+
+def _suggest(match: str, examples: Mapping[str, tuple[str, str]]) -> str:
+    """Name the modules that a pattern without a match may have meant."""
+    wanted = _plain_words(match)
+    if wanted in examples:
+        first, last = examples[wanted]
+        remedy = "Correct the numbers"
+        if match.startswith("re:"):
+            remedy += r", or let it match whole names: modules below a parent need \..* at the end"
+        return f"The base has {wanted} from {first} to {last}. {remedy}."
+    nearest = difflib.get_close_matches(wanted, examples, _NEAREST, _NEAREST_CUTOFF)
+    if not nearest:
+        nearest = [kind for kind in examples if kind.count(".") < 2][:_NEAREST]
+    return f"Nearest: {', '.join(nearest)}."
+
+
+def _plain_words(match: str) -> str:
+    """Spell a pattern as ``generalise`` spells names, to compare it with them."""
+    if match.startswith("re:"):
+        return re.sub(r"\[[^]]*\][*+]?|\([^)]*\)|\\d\+?|\.\*", "*", match[3:]).replace("\\", "")
+    words = re.sub(r"\{([^{}]*)\}", lambda m: m[1].split(",")[0], match)
+    words = re.sub(r"(?<=\.)\d+(-\d+)?(?=\.|$)", "*", words)
+    return words.removesuffix(".weight")

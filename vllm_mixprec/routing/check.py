@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every finding about a plan at once, from headers and the routers' few megabytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_mixprec.checkpoint.index import Checkpoint
+from vllm_mixprec.errors import CheckpointError, RouteError, UnsupportedError
+from vllm_mixprec.plan.plan import Plan
+from vllm_mixprec.routing.assign import used_sources
+from vllm_mixprec.routing.findings import Finding, FindingLog, source_place
+from vllm_mixprec.routing.kernels import Platform, detect_platform
+from vllm_mixprec.routing.route import Layout
+from vllm_mixprec.routing.sources import compare_configs, compare_routers
+from vllm_mixprec.routing.table import RouteTable, build_table, open_source
+
+__all__ = ["Finding", "Progress", "Report", "check"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what is done next, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``check`` found.
+
+    Attributes:
+        findings: errors first.
+        bytes_per_rank: what the weights take in memory as served, by pp_rank * tp size +
+            tp_rank; empty when a source is missing or a module cannot be routed.
+        table: the route table; None when there are errors.
+    """
+
+    findings: tuple[Finding, ...]
+    bytes_per_rank: tuple[int, ...]
+    table: RouteTable | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the plan can be served: no finding is an error."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON types, without the routes."""
+        report: dict[str, Any] = {
+            "ok": self.ok,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "bytes_per_rank": list(self.bytes_per_rank),
+        }
+        if self.table is not None:
+            layout = self.table.layout
+            report |= {
+                "plan_sha256": self.table.plan.sha256,
+                "platform": self.table.platform.name,
+                "tensor_parallel_size": layout.tensor_parallel_size,
+                "pipeline_parallel_size": layout.pipeline_parallel_size,
+                "expert_parallel": layout.expert_parallel,
+                "bytes_by_source": [
+                    {"source": source, "format": stored, "bytes": size_bytes}
+                    for (source, stored), size_bytes in self.table.bytes_by_source().items()
+                ],
+            }
+        return report
+
+
+def check(
+    plan: Plan,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    expert_parallel: bool = False,
+    platform: Platform | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Find everything that is wrong or notable about a plan; nothing is raised for its faults.
+
+    Args:
+        platform: whose kernels count; None for this machine.
+        progress: told before each step.
+
+    Raises:
+        ValueError: a parallel size below 1.
+        UnsupportedError: VLLM_MIXPREC_PLATFORM holds no platform's name.
+    """
+    layout = Layout(tensor_parallel_size, pipeline_parallel_size, expert_parallel)
+    platform = platform or detect_platform()
+    log = FindingLog()
+    sources = used_sources(plan)
+    steps = len(sources) + 2
+
+    def step(what: str, done: int) -> None:
+        if progress is not None:
+            progress(what, done, steps)
+
+    checkpoints: dict[str, Checkpoint] = {}
+    for index, name in enumerate(sources):
+        step(f"reading headers of {name}", index)
+        checkpoint = _open(plan, name, log)
+        if checkpoint is not None:
+            checkpoints[name] = checkpoint
+    _report_unused(plan, log)
+    if plan.base not in checkpoints:
+        return Report(log.findings(), (), None)
+
+    compare_configs(plan, checkpoints, log)
+    step("comparing routers", len(sources))
+    compare_routers(plan, checkpoints, log)
+    step("routing modules", len(sources) + 1)
+    table = build_table(plan, checkpoints, layout, platform, log)
+    bytes_per_rank = _bytes_per_rank(table, checkpoints[plan.base], log)
+    step("done", steps)
+    return Report(log.findings(), bytes_per_rank, None if log.has_errors else table)
+
+
+def _open(plan: Plan, name: str, log: FindingLog) -> Checkpoint | None:
+    try:
+        return open_source(plan, name)
+    except CheckpointError as error:
+        log.add("error", "source-unreadable", source_place(plan, name), str(error))
+    except UnsupportedError as error:
+        log.add("error", "source-unsupported", source_place(plan, name), str(error))
+    return None
+
+
+def _report_unused(plan: Plan, log: FindingLog) -> None:
+    """Warn of declared sources that no rule uses and that are not there either."""
+    used = used_sources(plan)
+    for name, source in plan.sources.items():
+        path = (plan.base_dir or Path()) / Path(source.path).expanduser()
+        is_local = source.path.startswith(("/", ".", "~"))  # else it may be a hub id
+        if name not in used and is_local and not path.is_dir():
+            log.add(
+                "warning",
+                "source-unreadable",
+                source_place(plan, name),
+                f"{path}: no such directory. No rule uses it: remove the source, or correct "
+                "its path.",
+            )
+
+
+def _bytes_per_rank(table: RouteTable, base: Checkpoint, log: FindingLog) -> tuple[int, ...]:
+    try:
+        sizes = table.bytes_per_rank()
+    except RouteError as error:
+        log.add("error", "parallel-size", "pipeline parallel size", str(error))
+        return ()
+    return sizes if len(table.routes) == len(base.modules) else ()

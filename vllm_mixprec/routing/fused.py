@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoint modules vLLM runs as one layer, and so must serve in one scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Kind = Literal["linear", "experts"]
+
+# Siblings under one parent that vLLM stacks along N into one linear, in stacking order.
+FUSED_LAYERS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("wk", "weights_proj"),
+)
+
+# Projections of one routed expert in stacking order: w13 is gate and up, w2 is down.
+EXPERT_PROJECTIONS: tuple[str, ...] = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
+
+_PROJECTION_ORDER = {name: order for order, name in enumerate(EXPERT_PROJECTIONS)}
+_FUSED_BY_PART = {part: parts for parts in FUSED_LAYERS for part in parts}
+
+
+class ExpertName(NamedTuple):
+    """A module name taken apart: ``model.layers.3.mlp.experts``, 12, ``gate_proj``."""
+
+    layer: str
+    expert: int
+    projection: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Modules that one kernel call serves: a fused layer, one expert, or a single linear.
+
+    ``name`` is a module name, with ``{a,b}`` for a fused layer's parts; ``modules`` come in
+    stacking order.
+    """
+
+    name: str
+    kind: Kind
+    modules: tuple[str, ...]
+
+
+def leaf_name(module: str) -> str:
+    """Return the last dotted component of a module name."""
+    return module.rpartition(".")[2]
+
+
+def parse_expert(module: str) -> ExpertName | None:
+    """Take the name of a routed expert's projection apart; None for any other module."""
+    parent, _, projection = module.rpartition(".")
+    if projection not in _PROJECTION_ORDER:
+        return None
+    layer, _, expert = parent.rpartition(".")
+    if not layer.endswith(".experts") or not (expert.isascii() and expert.isdigit()):
+        return None
+    return ExpertName(layer, int(expert), projection)
+
+
+def group_units(modules: Iterable[str]) -> tuple[Unit, ...]:
+    """Gather modules into the units that vLLM runs as one, in the order of their first module."""
+    members: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for module in modules:
+        expert = parse_expert(module)
+        if expert is not None:
+            key = (f"{expert.layer}.{expert.expert}", EXPERT_PROJECTIONS)
+        else:
+            parent, _, leaf = module.rpartition(".")
+            parts = _FUSED_BY_PART.get(leaf)
+            key = (module, ()) if parts is None else (parent, parts)
+        members.setdefault(key, []).append(module)
+    return tuple(_make_unit(parent, parts, found) for (parent, parts), found in members.items())
+
+
+def _make_unit(parent: str, parts: tuple[str, ...], found: list[str]) -> Unit:
+    if parts is EXPERT_PROJECTIONS:
+        ordered = sorted(found, key=lambda module: _PROJECTION_ORDER[leaf_name(module)])
+        return Unit(parent, "experts", tuple(ordered))
+    if len(found) == 1:
+        return Unit(found[0], "linear", tuple(found))
+    present = {leaf_name(module): module for module in found}
+    leaves = [part for part in parts if part in present]
+    prefix = f"{parent}." if parent else ""
+    name = f"{prefix}{{{','.join(leaves)}}}"
+    return Unit(name, "linear", tuple(present[leaf] for leaf in leaves))

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which packed formats have a kernel on which platform, as one literal table."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.errors import UnsupportedError
+from vllm_mixprec.routing.fused import Kind
+
+PLATFORM_VARIABLE = "VLLM_MIXPREC_PLATFORM"
+
+_PLATFORM_NAME = re.compile(r"cpu-avx512|cpu-other|cuda-\d{2,3}|other")
+_CPU_FLAGS = frozenset({"avx512f", "avx512_bf16", "avx512_vnni"})
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """A kind of machine: ``cpu-avx512``, ``cpu-other``, ``cuda-90`` (compute 9.0), ``other``.
+
+    ``broken`` maps formats to why their kernel is not used here, though the kind of machine has it.
+    """
+
+    name: str
+    broken: tuple[tuple[str, str], ...] = ()
+
+    def without(self, broken: Mapping[str, str]) -> Platform:
+        """Return this platform less the kernels of some formats (format -> reason)."""
+        return Platform(self.name, tuple(sorted(broken.items())))
+
+    @property
+    def family(self) -> str:
+        """The part that selects kernels: ``cuda`` for every CUDA device, else the name."""
+        return "cuda" if self.name.startswith("cuda-") else self.name
+
+    @property
+    def compute_capability(self) -> int:
+        """CUDA compute capability times ten, 0 on other platforms."""
+        return int(self.name[len("cuda-") :]) if self.family == "cuda" else 0
+
+
+# Says why a weight of (N, K) on one rank cannot run packed, or None when it can.
+ShapeRule = Callable[[Platform, Scheme, int, int], "str | None"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One packed kernel family and the shapes that it takes."""
+
+    name: str
+    linear: ShapeRule
+    experts: ShapeRule
+
+
+def _cpu_fp8_block(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
+    # vLLM kernels/linear/scaled_mm/cpu.py can_implement: block K of 128, block N a multiple
+    # of 32; convert_weight_packed tiles N by 32.
+    assert scheme.block is not None, f"{scheme.label} without a block"
+    block_n, block_k = scheme.block
+    if block_k != 128 or block_n % 32:
+        return f"it takes blocks of 32x128, 64x128, 96x128 ..., not {block_n}x{block_k}"
+    if n % 32:
+        return f"N={n} on a rank is not a multiple of 32"
+    if k % 128:
+        return f"K={k} on a rank is not a multiple of 128"
+    return None
+
+
+def _cpu_gptq(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
+    # vLLM csrc/cpu/sgl-kernels int4: blocks of 32 along N, whole groups along K. Shared by
+    # int4_scaled_mm_cpu and fused_experts_cpu (INT4_W4A8).
+    group_size = scheme.group_size or k
+    if scheme.bits != 4:
+        return f"it takes 4 bits, not {scheme.bits}"
+    if scheme.desc_act:
+        return "it takes no act-order"
+    if scheme.zero_offset != 1 and not scheme.symmetric:
+        return "it takes zero points as GPTQ v1 stores them"
+    if group_size % 32:
+        return f"the group size {group_size} is not a multiple of 32"
+    if k % group_size:
+        return f"K={k} on a rank is not a multiple of the group size {group_size}"
+    if n % 32:
+        return f"N={n} on a rank is not a multiple of 32"
+    return None
+
+
+def _cuda_fp8_block(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
+    # Marlin from compute 8.0, native from 8.9; both are built for DeepSeek's 128x128.
+    if platform.compute_capability < 80:
+        return "it needs compute capability 8.0"
+    if scheme.block != (128, 128):
+        block = "x".join(str(size) for size in scheme.block or ())
+        return f"it takes blocks of 128x128, not {block}"
+    return _marlin_tiles(n, k)
+
+
+def _cuda_gptq(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
+    # vLLM quantization/utils/marlin_utils.py: MARLIN_SUPPORTED_GROUP_SIZES and
+    # GPTQ_MARLIN_MIN_THREAD_N / _K. A group of all of K is its -1.
+    if platform.compute_capability < 80:
+        return "it needs compute capability 8.0"
+    if scheme.bits not in (4, 8):
+        return f"it takes 4 or 8 bits, not {scheme.bits}"
+    if not scheme.symmetric:
+        return "it takes symmetric weights only"
+    if scheme.group_size not in (None, 32, 64, 128, k):
+        return f"it takes groups of 32, 64, 128 or all of K, not {scheme.group_size}"
+    return _marlin_tiles(n, k)
+
+
+def _marlin_tiles(n: int, k: int) -> str | None:
+    if n % 64:
+        return f"N={n} on a rank is not a multiple of 64"
+    if k % 128 and n % 128:
+        # Marlin's second tile shape is 64 x 256 (K x N); it wants one of them a multiple of 128.
+        return f"neither N={n} nor K={k} on a rank is a multiple of 128"
+    if k % 64:
+        return f"K={k} on a rank is not a multiple of 64"
+    return None
+
+
+# Activation dtypes that the packed kernels of a platform family compute in.
+ACTIVATIONS = {"cpu-avx512": frozenset({"bf16"}), "cuda": frozenset({"bf16", "fp16"})}
+
+# (platform family, format) -> kernel. A pair that is absent has no packed kernel.
+KERNELS: dict[tuple[str, str], Kernel] = {
+    ("cpu-avx512", "fp8_block"): Kernel("fp8_scaled_mm_cpu", _cpu_fp8_block, _cpu_fp8_block),
+    ("cpu-avx512", "gptq"): Kernel("int4_scaled_mm_cpu", _cpu_gptq, _cpu_gptq),
+    ("cuda", "fp8_block"): Kernel("fp8 block", _cuda_fp8_block, _cuda_fp8_block),
+    ("cuda", "gptq"): Kernel("gptq_marlin", _cuda_gptq, _cuda_gptq),
+}
+
+
+def missing_kernel(
+    platform: Platform,
+    scheme: Scheme,
+    kind: Kind,
+    shape_per_rank: tuple[int, int],
+    activation: str = "bf16",
+) -> str | None:
+    """Return why no packed kernel serves a weight here, or None when one does.
+
+    Args:
+        shape_per_rank: (N, K) of the logical weight that one tensor-parallel rank holds.
+        activation: format that the model computes in.
+    """
+    if not scheme.is_quantized:
+        return None
+    kernel = KERNELS.get((platform.family, scheme.format))
+    if kernel is None:
+        return f"no {scheme.format} kernel on {platform.name}"
+    why = dict(platform.broken).get(scheme.format)
+    if why is not None:
+        return f"the {scheme.format} kernel of {platform.name} is not used: {why}"
+    if activation not in ACTIVATIONS[platform.family]:
+        return f"no {scheme.format} kernel on {platform.name} computes in {activation}"
+    rule = kernel.experts if kind == "experts" else kernel.linear
+    why = rule(platform, scheme, *shape_per_rank)
+    if why is None:
+        return None
+    noun = "expert" if kind == "experts" else "linear"
+    return f"no {noun} kernel on {platform.name} for {scheme.label}: {kernel.name}: {why}"
+
+
+def detect_platform() -> Platform:
+    """Name the platform of this machine without importing vLLM or torch.
+
+    ``VLLM_MIXPREC_PLATFORM`` overrides what is found. A CUDA context is never created: vLLM's
+    front end forks after it asked us.
+
+    Raises:
+        UnsupportedError: the variable holds no platform's name.
+    """
+    override = os.environ.get(PLATFORM_VARIABLE)
+    if override:
+        if not _PLATFORM_NAME.fullmatch(override):
+            raise UnsupportedError(
+                f"{PLATFORM_VARIABLE} is {override!r}; expected cpu-avx512, cpu-other, "
+                "cuda-<compute capability> such as cuda-90, or other. Correct or unset it."
+            )
+        return Platform(override)
+    return _detect()
+
+
+@lru_cache(maxsize=1)
+def _detect() -> Platform:
+    capability = _cuda_capability()
+    if capability is not None:
+        return Platform(f"cuda-{capability}")
+    if Path("/dev/kfd").exists() or not Path("/proc/cpuinfo").is_file():
+        return Platform("other")
+    return Platform("cpu-avx512" if _CPU_FLAGS <= _cpu_flags() else "cpu-other")
+
+
+def _cpu_flags() -> frozenset[str]:
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def _cuda_capability() -> int | None:
+    """Lowest compute capability (times ten) of the GPUs, None without one that torch can use."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None or not _torch_has_cuda():
+        return None
+    try:
+        answer = subprocess.run(
+            [smi, "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.findall(r"^\s*(\d+)\.(\d+)\s*$", answer.stdout, re.MULTILINE)
+    return min((int(major) * 10 + int(minor) for major, minor in found), default=None)
+
+
+def _torch_has_cuda() -> bool:
+    """Read from torch's version.py, unimported, whether it was built for CUDA."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return True  # no torch to serve with here: describe the machine by its devices
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return re.search(r"^cuda\b[^=\n]*=\s*['\"]", text, re.MULTILINE) is not None

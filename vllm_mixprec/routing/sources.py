@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the sources of a plan are checkpoints of one model: architecture, sizes, routers."""
+
+from __future__ import annotations
+
+import array
+import struct
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_mixprec.checkpoint.formats import Module
+from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.index import Checkpoint
+from vllm_mixprec.plan.plan import Plan
+from vllm_mixprec.routing.findings import FindingLog
+from vllm_mixprec.routing.fused import leaf_name
+from vllm_mixprec.routing.parallel import ModelDims, text_config
+
+# Sizes that two checkpoints of one model share; compared when both configs give them.
+MODEL_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts_per_tok",
+    "vocab_size",
+)
+ROUTER_NAMES = frozenset({"gate", "router"})
+
+# Two roundings of one value to 8 bits of mantissa differ by less than this, relatively.
+_ROUNDING = 2.0**-7
+_SMALLEST = 2.0**-24  # float16's smallest subnormal
+
+
+def compare_configs(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: FindingLog) -> None:
+    """Report sources whose config.json describes another model than the base's."""
+    base = checkpoints[plan.base]
+    for name, checkpoint in checkpoints.items():
+        if name == plan.base:
+            continue
+        differences = _differences(base.config, checkpoint.config)
+        if differences:
+            log.add(
+                "error",
+                "architecture-mismatch",
+                str(checkpoint.path / "config.json"),
+                f"source {name!r} is another model than base {plan.base!r}: "
+                f"{'; '.join(differences)}. Choose a checkpoint of the same model.",
+                noun="sources",
+            )
+
+
+def _differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return lines such as ``hidden_size is 512, expected 256``."""
+    pairs: list[tuple[str, Any, Any]] = [
+        ("architectures", base.get("architectures"), other.get("architectures"))
+    ]
+    text, other_text = text_config(base), text_config(other)
+    pairs += [(key, text.get(key), other_text.get(key)) for key in MODEL_SIZES]
+    experts, other_experts = (ModelDims.from_config(config).num_experts for config in (base, other))
+    pairs.append(("number of experts", experts, other_experts))
+    return [
+        f"{key} is {found}, expected {expected}"
+        for key, expected, found in pairs
+        if expected is not None and found is not None and expected != found
+    ]
+
+
+def compare_routers(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: FindingLog) -> None:
+    """Report routers whose weights differ between the base and a source.
+
+    Routers are never quantised, so unlike weights mean another model. These few megabytes are
+    the only tensor data that ``check`` reads.
+    """
+    base = checkpoints[plan.base]
+    num_experts = ModelDims.from_config(base.config).num_experts
+    for module in base.modules.values():
+        if not _is_router(module, num_experts):
+            continue
+        for name, checkpoint in checkpoints.items():
+            other = checkpoint.modules.get(module.name)
+            if name == plan.base or other is None or other.shape != module.shape:
+                continue
+            if other.scheme.is_quantized:
+                log.add(
+                    "warning",
+                    "router-quantized",
+                    module.name,
+                    f"source {name!r} stores this router as {other.scheme.label}: it cannot be "
+                    "compared with the base's. Check that both are the same model.",
+                )
+            elif not _same_values(module.tensors["weight"], other.tensors["weight"]):
+                log.add(
+                    "error",
+                    "router-mismatch",
+                    module.name,
+                    f"router weights differ between source {name!r} and base {plan.base!r}. "
+                    "Routers are never quantised, so this is another model or a fine-tune of "
+                    "it: choose a checkpoint made from the base.",
+                )
+
+
+def _is_router(module: Module, num_experts: int | None) -> bool:
+    return (
+        leaf_name(module.name) in ROUTER_NAMES
+        and not module.scheme.is_quantized
+        and "weight" in module.tensors
+        and len(module.shape) == 2
+        and num_experts in (None, module.shape[0])
+    )
+
+
+def _same_values(one: TensorSpec, other: TensorSpec) -> bool:
+    """Compare two tensors' values; of unlike dtypes, up to the rounding of the coarser one."""
+    one_data, other_data = _read_data(one), _read_data(other)
+    if one.dtype == other.dtype:
+        return one_data == other_data
+    pairs = zip(_decode(one.dtype, one_data), _decode(other.dtype, other_data), strict=True)
+    return all(abs(a - b) <= _ROUNDING * max(abs(a), abs(b)) + _SMALLEST for a, b in pairs)
+
+
+def _read_data(spec: TensorSpec) -> bytes:
+    with open(spec.file, "rb") as file:
+        file.seek(spec.start)
+        return file.read(spec.nbytes)
+
+
+def _decode(dtype: str, data: bytes) -> array.array[float] | tuple[float, ...]:
+    """Decode little-endian BF16, F16 or F32."""
+    if dtype == "F16":
+        return struct.unpack(f"<{len(data) // 2}e", data)
+    if dtype == "BF16":  # the upper half of a float32
+        widened = bytearray(2 * len(data))
+        widened[2::4], widened[3::4] = data[::2], data[1::2]
+        data = bytes(widened)
+    values = array.array("f", data)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen route table: a plan and the headers of its checkpoints, resolved."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_mixprec.checkpoint.formats import PLAIN_DTYPES, Module, Scheme
+from vllm_mixprec.checkpoint.index import Checkpoint, open_checkpoint, resolve_path
+from vllm_mixprec.errors import RouteError
+from vllm_mixprec.plan.plan import Plan
+from vllm_mixprec.routing.assign import assign_sources, used_sources
+from vllm_mixprec.routing.findings import Finding, FindingLog
+from vllm_mixprec.routing.fused import parse_expert
+from vllm_mixprec.routing.kernels import Platform, detect_platform
+from vllm_mixprec.routing.parallel import ModelDims, Placement, text_config
+from vllm_mixprec.routing.route import ExpertGroup, Layout, Route
+from vllm_mixprec.routing.widen import Widener, shared_scheme
+
+__all__ = [
+    "ExpertGroup",
+    "Layout",
+    "Route",
+    "RouteTable",
+    "build_table",
+    "dtype_scheme",
+    "load_route_table",
+    "open_source",
+    "resolve",
+]
+
+_TORCH_DTYPES = {
+    "bfloat16": Scheme("bf16", 16),
+    "float16": Scheme("fp16", 16),
+    "half": Scheme("fp16", 16),
+    "float32": Scheme("fp32", 32),
+    "float": Scheme("fp32", 32),
+}
+
+
+@dataclass(frozen=True)
+class RouteTable:
+    """Where every module of the base comes from and how it is served.
+
+    Built once a process and never changed; loader and layers read it. The same plan, headers,
+    layout and platform give the same table.
+
+    Attributes:
+        plan: the plan it was resolved from.
+        base_config: config.json of the base.
+        base_scheme: the unquantised scheme that the model computes in.
+        layout: parallel sizes that it holds for.
+        platform: machine whose kernels it counts on.
+        routes: module -> route, for every module of the base, in the base's order.
+        notes: what is widened, cast or dropped.
+    """
+
+    plan: Plan
+    base_config: Mapping[str, Any]
+    base_scheme: Scheme
+    layout: Layout
+    platform: Platform
+    routes: Mapping[str, Route]
+    notes: tuple[Finding, ...]
+    _groups: Mapping[str, tuple[ExpertGroup, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_groups", _group_experts(self.routes))
+
+    @property
+    def expert_layers(self) -> tuple[str, ...]:
+        """Layers of routed experts, such as ``model.layers.3.mlp.experts``, in base order."""
+        return tuple(self._groups)
+
+    def expert_groups(self, layer: str) -> tuple[ExpertGroup, ...]:
+        """Return a layer's experts by served scheme: lowest expert first, unquantised last.
+
+        Raises:
+            RouteError: the base has no routed experts under that name.
+        """
+        groups = self._groups.get(layer)
+        if groups is None:
+            known = f"{self.expert_layers[0]} ..." if self._groups else "none"
+            raise RouteError(
+                f"{layer}: no layer of routed experts; expected one of the base's ({known}). "
+                "Use the base checkpoint's spelling."
+            )
+        return groups
+
+    def bytes_by_source(self) -> dict[tuple[str, str], int]:
+        """Return (source, stored format) -> bytes of the routed tensors in the files."""
+        totals: Counter[tuple[str, str]] = Counter()
+        for route in self.routes.values():
+            totals[route.source, route.stored.format] += route.stored_bytes
+        return dict(totals)
+
+    def bytes_per_rank(self) -> tuple[int, ...]:
+        """Return what the weights take in memory on rank pp_rank * tp size + tp_rank.
+
+        Raises:
+            RouteError: the layers cannot be split over that many pipeline stages.
+        """
+        placement = Placement(self.layout, ModelDims.from_config(self.base_config))
+        return placement.bytes_per_rank(self.routes)
+
+
+def _group_experts(routes: Mapping[str, Route]) -> dict[str, tuple[ExpertGroup, ...]]:
+    layers: dict[str, dict[int, list[tuple[Scheme, tuple[int, ...]]]]] = {}
+    for module, route in routes.items():
+        name = parse_expert(module)
+        if name is not None:
+            expert = layers.setdefault(name.layer, {}).setdefault(name.expert, [])
+            expert.append((route.served, route.shape))
+    return {layer: _group_layer(layer, experts) for layer, experts in layers.items()}
+
+
+def _group_layer(
+    layer: str, experts: Mapping[int, list[tuple[Scheme, tuple[int, ...]]]]
+) -> tuple[ExpertGroup, ...]:
+    members: dict[Scheme, list[int]] = {}
+    for expert, weights in sorted(experts.items()):
+        scheme = shared_scheme(weights)
+        if scheme is None:
+            raise RouteError(
+                f"{layer}.{expert}: its projections are served in several schemes; expected one "
+                "an expert. Resolve the plan again instead of editing routes."
+            )
+        members.setdefault(scheme, []).append(expert)
+    ordered = sorted(members.items(), key=lambda item: not item[0].is_quantized)
+    return tuple(ExpertGroup(scheme, tuple(ids)) for scheme, ids in ordered)
+
+
+def dtype_scheme(config: Mapping[str, Any], modules: Mapping[str, Module]) -> Scheme:
+    """Return the unquantised scheme that a model computes in, quantised or not.
+
+    It is the config's ``dtype`` (older spelling: ``torch_dtype``); without one, the unquantised
+    scheme that holds the most bytes.
+    """
+    for part in (config, text_config(config)):
+        for key in ("dtype", "torch_dtype"):
+            name = str(part.get(key, "")).removeprefix("torch.")
+            if name in _TORCH_DTYPES:
+                return _TORCH_DTYPES[name]
+    sizes: Counter[Scheme] = Counter()
+    for module in modules.values():
+        if module.scheme.format in PLAIN_DTYPES:
+            sizes[module.scheme] += module.nbytes
+    return sizes.most_common(1)[0][0] if sizes else _TORCH_DTYPES["bfloat16"]
+
+
+def build_table(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    layout: Layout,
+    platform: Platform,
+    log: FindingLog,
+) -> RouteTable:
+    """Route every module that can be routed; ``log`` takes errors and notes alike.
+
+    With errors in ``log`` the table is only good for counting bytes.
+    """
+    base = checkpoints[plan.base]
+    base_scheme = dtype_scheme(base.config, base.modules)
+    dims = ModelDims.from_config(base.config)
+    with _collector_paused():
+        assignments = assign_sources(plan, checkpoints, log)
+        routes = Widener(plan, base_scheme, dims, layout, platform, log).route(assignments)
+        notes = tuple(finding for finding in log.findings() if finding.level != "error")
+        return RouteTable(plan, base.config, base_scheme, layout, platform, routes, notes)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector: it would walk 100,000s of live routes many times."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def resolve(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    layout: Layout | None = None,
+    platform: Platform | None = None,
+) -> RouteTable:
+    """Route every module of the base to its source; ``check`` lists every problem instead.
+
+    Args:
+        checkpoints: the base and every source that a rule names, by the plan's names.
+        layout: parallel sizes; None for one rank.
+        platform: None for this machine.
+
+    Raises:
+        RouteError: the first thing that cannot be routed.
+    """
+    for source in used_sources(plan):
+        if source not in checkpoints:
+            raise RouteError(
+                f"source {source!r} is used by the plan but was not opened; expected "
+                f"{', '.join(used_sources(plan))}. Open it, or call load_route_table."
+            )
+    log = FindingLog()
+    table = build_table(plan, checkpoints, layout or Layout(), platform or detect_platform(), log)
+    for finding in log.findings():
+        if finding.level == "error":
+            raise RouteError(f"{finding.where}: {finding.message}")
+    return table
+
+
+def open_source(plan: Plan, name: str) -> Checkpoint:
+    """Open one of a plan's checkpoints, its path relative to the plan's folder.
+
+    Raises:
+        CheckpointError, UnsupportedError: as ``resolve_path`` and ``open_checkpoint`` do.
+    """
+    source = plan.sources[name]
+    return open_checkpoint(resolve_path(source.path, source.revision, plan.base_dir), name)
+
+
+def load_route_table(
+    plan: Plan, layout: Layout | None = None, platform: Platform | None = None
+) -> RouteTable:
+    """Open the checkpoints that a plan uses and resolve it.
+
+    Raises:
+        RouteError, CheckpointError, UnsupportedError: the first problem found.
+    """
+    checkpoints = {name: open_source(plan, name) for name in used_sources(plan)}
+    return resolve(plan, checkpoints, layout, platform)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides which packed modules cannot be served packed, and so are dequantised at load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.plan.plan import Plan
+from vllm_mixprec.routing.assign import Assignment
+from vllm_mixprec.routing.findings import FindingLog
+from vllm_mixprec.routing.fused import Kind, Unit, group_units, leaf_name
+from vllm_mixprec.routing.kernels import Platform, missing_kernel
+from vllm_mixprec.routing.parallel import ModelDims, Shard, shard_weight
+from vllm_mixprec.routing.route import Layout, Route
+
+PER_CHANNEL = -1  # group_size of experts whose projections have one group each, of unlike K
+
+_STACKED_EXPERT_PARTS = frozenset({"gate_proj", "up_proj", "w1", "w3"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a decision about one module of a unit depends on, and nothing else."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    scheme: Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class _Widening:
+    """Why a unit is served in the base's dtype; ``refused_by`` is the option that forbids it."""
+
+    code: str
+    reason: str
+    refused_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """How a unit is served; ``uncut`` says by part why tensor parallelism cannot cut it."""
+
+    widening: _Widening | None
+    uncut: tuple[str | None, ...] | None
+
+
+class Widener:
+    """Turns assignments into routes for one base dtype, layout and platform.
+
+    Units that are alike but for layer and expert numbers are decided once.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        base_scheme: Scheme,
+        dims: ModelDims,
+        layout: Layout,
+        platform: Platform,
+        log: FindingLog,
+    ) -> None:
+        self._options = plan.options
+        self._base_scheme = base_scheme
+        self._dims = dims
+        self._layout = layout
+        self._platform = platform
+        self._log = log
+        self._decisions: dict[tuple[Kind, tuple[_Part, ...]], _Decision] = {}
+
+    def route(self, assignments: Mapping[str, Assignment]) -> dict[str, Route]:
+        """Return a route for every assignment, in the same order."""
+        routes: dict[str, Route] = {}
+        for unit in group_units(assignments):
+            parts = tuple(self._part(module, assignments[module]) for module in unit.modules)
+            key = (unit.kind, parts)
+            decision = self._decisions.get(key)
+            if decision is None:
+                decision = self._decisions[key] = self._decide(*key)
+            widening = decision.widening
+            made = [
+                _make_route(module, assignments[module], part.scheme, self._base_scheme, widening)
+                for module, part in zip(unit.modules, parts, strict=True)
+            ]
+            routes.update((route.module, route) for route in made)
+            if widening is not None:
+                self._report(unit, widening, made)
+            if decision.uncut is not None:
+                self._report_uncut(unit, decision.uncut)
+            self._report_casts(made)
+        return {module: routes[module] for module in assignments}
+
+    def _part(self, module: str, assignment: Assignment) -> _Part:
+        stored = assignment.module.scheme
+        scheme = stored if stored.is_quantized else self._base_scheme
+        return _Part(leaf_name(module), assignment.module.shape, scheme)
+
+    def _decide(self, kind: Kind, parts: tuple[_Part, ...]) -> _Decision:
+        shards = [
+            shard_weight(part.leaf, part.shape, kind == "experts", self._layout, self._dims)
+            for part in parts
+        ]
+        uncut = tuple(shard.problem for shard in shards)
+        return _Decision(self._widening(kind, parts, shards), uncut if any(uncut) else None)
+
+    def _widening(
+        self, kind: Kind, parts: tuple[_Part, ...], shards: list[Shard]
+    ) -> _Widening | None:
+        if not any(part.scheme.is_quantized for part in parts):
+            return None
+        if shared_scheme([(part.scheme, part.shape) for part in parts]) is None:
+            refused_by = "mixed_fused" if self._options.mixed_fused == "error" else None
+            return _Widening("fused-mixed", _describe_mix(kind, parts), refused_by)
+        for part, shard in zip(parts, shards, strict=True):
+            reason = _cut_reason(part.scheme, shard)
+            if reason is not None:
+                return _Widening("parallel-cut", f"{part.leaf}: {reason}", None)
+        reason = _seam_reason(kind, parts, shards)
+        if reason is not None:
+            return _Widening("fused-seam", reason, None)
+        refused_by = "missing_kernel" if self._options.missing_kernel == "error" else None
+        for part, shard in zip(parts, shards, strict=True):
+            reason = self._kernel_reason(kind, part, shard)
+            if reason is not None:
+                return _Widening("kernel-missing", reason, refused_by)
+        return None
+
+    def _kernel_reason(self, kind: Kind, part: _Part, shard: Shard) -> str | None:
+        if part.leaf == "embed_tokens":
+            return f"no kernel looks up rows of {part.scheme.label}"
+        if len(part.shape) != 2:
+            return f"no kernel for {part.scheme.label} of {len(part.shape)} dimensions"
+        shape = (shard.rows, shard.columns)
+        return missing_kernel(self._platform, part.scheme, kind, shape, self._base_scheme.format)
+
+    def _report(self, unit: Unit, widening: _Widening, made: list[Route]) -> None:
+        if widening.refused_by is not None:
+            value = "widen" if widening.refused_by == "mixed_fused" else "dequantize"
+            self._log.add(
+                "error",
+                widening.code,
+                unit.name,
+                f"{widening.reason}, and options.{widening.refused_by} is error. Route it to "
+                f"another source, or set {widening.refused_by}: {value}.",
+            )
+            return
+        cost_bytes = sum(route.served_bytes - route.stored_bytes for route in made if route.widened)
+        self._log.add(
+            "warning",
+            widening.code,
+            unit.name,
+            f"{widening.reason}; dequantised to {self._base_scheme.label} at load",
+            cost_bytes=cost_bytes,
+        )
+
+    def _report_uncut(self, unit: Unit, problems: tuple[str | None, ...]) -> None:
+        for module, problem in zip(unit.modules, problems, strict=True):
+            if problem is not None:
+                self._log.add(
+                    "error",
+                    "parallel-size",
+                    module,
+                    f"tensor parallel size {self._layout.tensor_parallel_size} does not fit: "
+                    f"{problem}. Choose another size.",
+                )
+
+    def _report_casts(self, made: list[Route]) -> None:
+        for route in made:
+            if route.served != route.stored and not route.stored.is_quantized:
+                self._log.add(
+                    "note",
+                    "cast",
+                    route.module,
+                    f"source {route.source!r} stores {route.stored.label}, served as "
+                    f"{route.served.label}, the base's dtype",
+                    group=f"source {route.source!r}",
+                )
+
+
+def _make_route(
+    module: str,
+    assignment: Assignment,
+    scheme: Scheme,
+    base_scheme: Scheme,
+    widening: _Widening | None,
+) -> Route:
+    stored = assignment.module.scheme
+    widened = widening is not None and stored.is_quantized
+    return Route(
+        module=module,
+        source=assignment.source,
+        stored=stored,
+        served=base_scheme if widening is not None else scheme,
+        reason=widening.reason if widening is not None and widened else None,
+        tensors=assignment.tensors,
+        shape=assignment.module.shape,
+    )
+
+
+def shared_scheme(weights: Sequence[tuple[Scheme, tuple[int, ...]]]) -> Scheme | None:
+    """Return the one scheme of several weights, None when they have more than one.
+
+    A group that spans all of K is as long as K; weights of unlike K that are all stored so share
+    a scheme of group_size -1.
+    """
+    schemes = {scheme for scheme, _ in weights}
+    if len(schemes) == 1:
+        return schemes.pop()
+    whole = {
+        replace(scheme, group_size=PER_CHANNEL)
+        if len(shape) == 2 and scheme.group_size == shape[1]
+        else scheme
+        for scheme, shape in weights
+    }
+    return whole.pop() if len(whole) == 1 else None
+
+
+def _describe_mix(kind: Kind, parts: tuple[_Part, ...]) -> str:
+    by_scheme: dict[Scheme, list[str]] = {}
+    for part in parts:
+        by_scheme.setdefault(part.scheme, []).append(part.leaf)
+    described = ", ".join(
+        f"{' and '.join(leaves)} {'is' if len(leaves) == 1 else 'are'} {scheme.label}"
+        for scheme, leaves in by_scheme.items()
+    )
+    return f"{described}: {'one expert' if kind == 'experts' else 'one fused layer'}"
+
+
+def _cut_reason(scheme: Scheme, shard: Shard) -> str | None:
+    """Say which block or group a tensor-parallel cut runs through, None when none."""
+    if scheme.block is not None:
+        block_rows, block_columns = scheme.block
+        if shard.rows_cut and shard.rows % block_rows:
+            return f"a tensor-parallel shard of {shard.rows} rows cuts a block of {block_rows}"
+        if shard.columns_cut and shard.columns % block_columns:
+            return (
+                f"a tensor-parallel shard of {shard.columns} columns cuts a block of "
+                f"{block_columns}"
+            )
+    if scheme.group_size is not None and shard.columns_cut:
+        if scheme.desc_act:
+            return "a tensor-parallel shard's columns are in groups of every rank (act-order)"
+        if shard.columns % scheme.group_size:
+            return (
+                f"a tensor-parallel shard of {shard.columns} columns cuts a group of "
+                f"{scheme.group_size}"
+            )
+    if scheme.format == "gptq" and shard.rows_cut:
+        rows_per_word = 32 // math.gcd(32, scheme.bits)
+        if shard.rows % rows_per_word:
+            return (
+                f"a tensor-parallel shard of {shard.rows} rows cuts a word of {rows_per_word} "
+                "packed zero points"
+            )
+    return None
+
+
+def _seam_reason(kind: Kind, parts: tuple[_Part, ...], shards: list[Shard]) -> str | None:
+    """Say where stacking parts of a fused layer would put a seam inside a block.
+
+    The last part may end in the middle of one, unless it is an expert's (vLLM
+    quantization/utils/fp8_utils.py validate_fp8_block_shape and validate_fp8_block_shape_moe).
+    """
+    for index, (part, shard) in enumerate(zip(parts, shards, strict=True)):
+        stacked = (
+            part.leaf in _STACKED_EXPERT_PARTS if kind == "experts" else index < len(parts) - 1
+        )
+        if stacked and part.scheme.block is not None and shard.rows % part.scheme.block[0]:
+            return (
+                f"{part.leaf} ends inside a block: its {shard.rows} rows are no multiple of "
+                f"{part.scheme.block[0]}"
+            )
+    return None

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens in vLLM's front end before a mixed model's engine starts."""
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_mixprec.errors import PlanError
+from vllm_mixprec.loading.loader import LOAD_FORMAT
+from vllm_mixprec.plan import Plan
+from vllm_mixprec.quant.config import layout_of, plan_path
+from vllm_mixprec.quant.methods import usable_platform
+from vllm_mixprec.routing import check
+
+logger = init_logger("vllm.mixprec")
+
+
+def prepare(vllm_config: VllmConfig) -> None:
+    """Check the plan for this layout, and have vLLM load through it.
+
+    Raises:
+        PlanError: the check found errors; they are all in the message.
+    """
+    model_config, load_config = vllm_config.model_config, vllm_config.load_config
+    path = plan_path(model_config.model, model_config.hf_config)
+    plan = Plan.from_yaml(path)
+    layout = layout_of(vllm_config)
+    report = check(
+        plan,
+        tensor_parallel_size=layout.tensor_parallel_size,
+        pipeline_parallel_size=layout.pipeline_parallel_size,
+        expert_parallel=layout.expert_parallel,
+        platform=usable_platform(),
+    )
+    errors = [f"{f.where}: {f.message}" for f in report.findings if f.level == "error"]
+    if errors:
+        raise PlanError("\n".join([f"{path}: the plan cannot be served:", *errors]))
+    for finding in report.findings:
+        say = logger.warning if finding.level == "warning" else logger.info
+        say("%s: %s", finding.where, finding.message)
+    if load_config.load_format not in ("auto", LOAD_FORMAT):
+        raise PlanError(
+            f"--load-format {load_config.load_format} with a mixed model; expected {LOAD_FORMAT}, "
+            "which reads each tensor from the source the plan names. Leave the flag out"
+        )
+    load_config.load_format = LOAD_FORMAT
+    # A plan decides which methods are compiled, so its hash belongs in vLLM's compile cache key.
+    vllm_config.additional_config = {
+        **(vllm_config.additional_config or {}),
+        "mixprec_plan_sha256": plan.sha256,
+    }
