@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,7 +255,9 @@ def train(folder: Path, work: Path, steps: int, batch: int, context: int, peak_r
             load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
             for logits in output.router_logits
         )
-        (loss + config.router_aux_loss_coef * balance).backward()
+        # The last steps hardly balance, so that experts specialise and some grow busier.
+        weight = config.router_aux_loss_coef * (1.0 if step < 0.83 * steps else 0.05)
+        (loss + weight * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -301,17 +304,20 @@ def quantise(source: Path, target: Path, kind: str, **overrides: object) -> None
     scheme, form = {"fp8": ("FP8_BLOCK", "fp8"), "gptq": ("W4A16", "auto_gptq")}[kind]
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        here = Path.cwd()
-        os.chdir(scratch)  # auto-round keeps its offload files in the working directory
-        rounder = AutoRound(str(source), scheme=scheme, iters=0, disable_opt_rtn=True, **overrides)
-        rounder.quantize_and_save(scratch, format=form)
-        os.chdir(here)
+    with tempfile.TemporaryDirectory() as scratch, get_context("spawn").Pool(1) as pool:
+        pool.apply(run_auto_round, (str(source), scratch, scheme, form, overrides))
         written = next(Path(scratch).rglob("config.json")).parent  # a folder named after the scheme
         for path in [written / "config.json", *written.glob("*.safetensors*")]:
             shutil.copyfile(path, target / path.name)
     for name in SHARED_FILES:  # the tokenizer's spelling that old and new transformers read
         shutil.copy(source / name, target / name)
+
+
+def run_auto_round(source: str, target: str, scheme: str, form: str, overrides: dict) -> None:
+    """Run auto-round, in a process of its own: it replaces the MoE class inside transformers."""
+    os.chdir(target)  # where it keeps its offload files
+    rounder = AutoRound(source, scheme=scheme, iters=0, disable_opt_rtn=True, **overrides)
+    rounder.quantize_and_save(target, format=form)
 
 
 def dequantise(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ HEAVY = ("torch", "vllm", "transformers", "numpy")
         "vllm_mixprec.checkpoint",
         "vllm_mixprec.plan",
         "vllm_mixprec.routing",
-        "vllm_mixprec.compose",
+        "vllm_mixprec.composition",
     ],
 )
 def test_core_imports_neither_torch_nor_vllm(module: str) -> None:

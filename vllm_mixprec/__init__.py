@@ -2,12 +2,10 @@
 """Serve one MoE model whose tensors come each from the checkpoint a plan chose."""
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_mixprec.compose import compose
+    from vllm_mixprec.composition import compose
     from vllm_mixprec.plan import Plan
     from vllm_mixprec.routing import check
 
@@ -20,22 +18,8 @@ __all__ = ["Plan", "__version__", "check", "compose"]
 _PUBLIC = {
     "Plan": "vllm_mixprec.plan",
     "check": "vllm_mixprec.routing",
-    "compose": "vllm_mixprec.compose",
+    "compose": "vllm_mixprec.composition",
 }
-
-
-class _Package(ModuleType):
-    """Keeps ``vllm_mixprec.compose`` the function.
-
-    Importing the submodule of the same name would bind the module over it.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -469,7 +469,7 @@ def _parameter_names(found: Any) -> list[str]:
     for cls in found.__mro__:
         if "__init__" not in cls.__dict__:
             continue
-        parameters = inspect.signature(cls.__init__).parameters
+        parameters = inspect.signature(cls.__dict__["__init__"]).parameters
         names |= dict.fromkeys(parameters)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             break

@@ -5,6 +5,9 @@ vLLM calls it in the front end, the engine core and every worker, maybe more tha
 and swallows what it raises; so it imports little and registers classes that explain themselves.
 """
 
+import sys
+from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +31,28 @@ def register() -> None:
     register_quantization_config(METHOD)(MixPrecConfig)
     register_model_loader(LOAD_FORMAT)(MixPrecLoader)
     _hook_start()
+    if Path(sys.argv[0]).name == "vllm":
+        _say_errors_plainly()
+
+
+def _say_errors_plainly() -> None:
+    """Let the ``vllm`` command end with our message alone where a plan cannot be served.
+
+    Only that command's own process: a program that uses ``LLM`` keeps its tracebacks.
+    """
+    from vllm_mixprec.errors import MixPrecError
+
+    previous = sys.excepthook
+
+    def excepthook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, MixPrecError):
+            print(f"vllm-mixprec: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, trace)
+
+    sys.excepthook = excepthook
 
 
 def _hook_start() -> None:

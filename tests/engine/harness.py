@@ -1,67 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compose a plan and run a real vLLM engine on it."""
+"""Compose plans and run real vLLM engines on them, in one child process a layout."""
 
-import gc
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import torch
+from tests.engine.mixes import ROOT
+from vllm_mixprec import Plan, compose
 
-from vllm_mixprec.compose import compose
-from vllm_mixprec.plan import Plan
-
-ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "examples" / "demo-moe"
-RANDOM = ROOT / "tests" / "fixtures" / "random-moe"
-
-
-def compose_plan(
-    folder: Path, base: str, sources: dict[str, Path], rules: list[dict], **options
-) -> Path:
-    """Compose into ``folder``/mixed and return that."""
-    plan = {
-        "version": 1,
-        "base": base,
-        "sources": {name: {"path": str(path)} for name, path in sources.items()},
-        "rules": rules,
-        "options": options,
-    }
-    compose(Plan.from_dict(plan), folder / "mixed")
-    return folder / "mixed"
+ENGINE = {
+    "max_model_len": 512,
+    "max_num_seqs": 4,
+    "seed": 0,
+    "skip_tokenizer_init": True,
+    "disable_log_stats": True,
+}
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the tests ask workers by passing a function
+}
 
 
-def start(model: Path, **options):
-    """Start ``LLM(model)`` small enough for this machine."""
-    from vllm import LLM
-
-    defaults = {
-        "max_model_len": 512,
-        "max_num_seqs": 4,
-        "seed": 0,
-        "skip_tokenizer_init": True,
-        "disable_log_stats": True,
-    }
-    return LLM(str(model), **{**defaults, **options})
+def compose_plan(folder: Path, plan: dict) -> Path:
+    """Compose ``plan`` into ``folder`` and return the directory to serve."""
+    compose(Plan.from_dict(plan), folder)
+    return folder
 
 
-def stop(llm) -> None:
-    """End the engine's processes; ``del`` alone leaves them to the garbage collector."""
-    llm.llm_engine.engine_core.shutdown()
-    gc.collect()
+def run_engines(folder: Path, jobs: list[dict], workers: int = 1, **options) -> dict:
+    """Run :mod:`tests.engine.runner` over ``jobs``; returns its results by name.
 
-
-def engine_log_probs(llm, prompts: list[list[int]]) -> torch.Tensor:
-    """Return what :func:`tests.engine.reference.log_probs` returns, from the engine."""
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    parameters = SamplingParams(prompt_logprobs=0, max_tokens=1, detokenize=False)
-    outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False
-    )
-    found = []
-    for output in outputs:
-        for token, entry in zip(
-            output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
-        ):
-            found.append(entry[token].logprob)
-    return torch.tensor(found)
+    ``workers`` processes get one core each, as vLLM's CPU backend wants it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    single = {"distributed_executor_backend": "uni"} if workers == 1 else {}
+    environment = ENVIRONMENT | ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if workers == 2 else {})
+    work = {"engine": ENGINE | single | options, "jobs": jobs}
+    work_file, result_file = folder / "jobs.json", folder / "out.json"
+    work_file.write_text(json.dumps(work))
+    log = folder / "engines.log"
+    with log.open("w") as output:
+        code = subprocess.run(
+            [sys.executable, "-m", "tests.engine.runner", work_file, result_file],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=1800,
+        ).returncode
+    if code:
+        raise AssertionError(f"the engines' process exited {code}:\n{log.read_text()[-6000:]}")
+    return json.loads(result_file.read_text())

@@ -14,7 +14,7 @@ from vllm_mixprec.cli.output import (
     print_findings,
     print_json,
 )
-from vllm_mixprec.compose import PLAN_FILE, ComposeRefused, compose
+from vllm_mixprec.composition import PLAN_FILE, ComposeRefused, compose
 from vllm_mixprec.plan import Plan
 
 _DESCRIPTION = """\

@@ -149,7 +149,9 @@ def find_vllm() -> dict[str, Any]:
 def is_tested(version: str | None) -> bool:
     """Whether a vLLM version is in the range that this package is tested with."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    return bool(numbers) and TESTED_VLLM[0] <= (int(numbers[1]), int(numbers[2])) < TESTED_VLLM[1]
+    if numbers is None:
+        return False
+    return TESTED_VLLM[0] <= (int(numbers[1]), int(numbers[2])) < TESTED_VLLM[1]
 
 
 def find_entry_points() -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from vllm_mixprec.cli.output import (
     print_json,
     print_table,
 )
-from vllm_mixprec.compose import PLAN_FILE, QUANT_METHOD
+from vllm_mixprec.composition import PLAN_FILE, QUANT_METHOD
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Route, RouteTable, load_route_table
 from vllm_mixprec.routing.findings import format_bytes

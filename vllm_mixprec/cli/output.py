@@ -51,8 +51,7 @@ def print_table(
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     right = frozenset(right)
     for column in columns:
-        justify = "right" if column in right else "left"
-        table.add_column(column, justify=justify, overflow="fold")
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console(to_stderr).print(table)

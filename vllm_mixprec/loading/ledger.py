@@ -78,8 +78,8 @@ class Ledger:
                 partial.append(f"{name} ({len(filled)} of {expected} parts)")
         if empty or partial:
             raise RouteError(
-                f"{_names(empty + partial)}: no source's tensor filled it; expected every parameter "
-                "of this rank to be loaded. Check that the base checkpoint is complete"
+                f"{_names(empty + partial)}: no source's tensor filled it; expected every "
+                "parameter of this rank to be loaded. Check that the base checkpoint is complete"
             )
 
     def _expected(self, name: str) -> int | None:

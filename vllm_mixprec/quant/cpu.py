@@ -71,7 +71,7 @@ class _CpuLinearMethod(LinearMethodBase):
 
 @register_weight_loader_v2_supported_method
 class CpuFp8LinearMethod(_CpuLinearMethod):
-    """FP8 block weights (N, K) E4M3 with float32 scales (N / block_n, K / block_k), bf16 in and out."""
+    """FP8 block weights (N, K) E4M3 with float32 scales (N / block_n, K / block_k); W8A16."""
 
     def create_weights(
         self,
@@ -209,9 +209,9 @@ class CpuExpertsMethod(FusedMoEMethodBase):
         if self.moe.has_bias or layer.activation.value != "silu":
             raise UnsupportedError(
                 f"{layer.layer_name}: experts with activation {layer.activation.value!r}"
-                f"{' and biases' if self.moe.has_bias else ''} have no {scheme.label} kernel on this "
-                "CPU; found in config.json, expected silu without biases. Route these experts to an "
-                "unquantised source only"
+                f"{' and biases' if self.moe.has_bias else ''} have no {scheme.label} kernel on "
+                "this CPU; expected silu without biases. Route these experts to an unquantised "
+                "source only"
             )
         if layer.apply_router_weight_on_input:
             raise UnsupportedError(

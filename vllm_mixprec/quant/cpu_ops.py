@@ -50,9 +50,8 @@ def pack_int4(
 ) -> list[torch.Tensor]:
     """Block GPTQ v1 tensors for the kernel; scales become float32, zero points int8.
 
-    ``w13`` (E, H / 8, 2I) int32, ``w13_scale`` (E, H / g, 2I), ``w13_zero`` (E, H / g, 2I / 8) int32
-    holding zero point - 1; ``w2`` likewise with K = I and N = H. The same function serves a linear
-    layer's 2-D tensors through :func:`pack_int4_linear`.
+    ``w13`` (E, H / 8, 2I) int32, ``w13_scale`` (E, H / g, 2I), ``w13_zero`` (E, H / g, 2I / 8)
+    int32 holding zero point - 1; ``w2`` likewise with K = I and N = H.
     """
     w13, z13, s13 = pack_int4_linear(w13, w13_scale, w13_zero)
     w2, z2, s2 = pack_int4_linear(w2, w2_scale, w2_zero)

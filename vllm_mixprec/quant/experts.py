@@ -225,17 +225,18 @@ def install_expert_loader(layer: RoutedExperts, children: dict[int, RoutedExpert
             expert, projection, suffix = match.groups() if match else ("", "", "")
             if projection not in shards:
                 raise RouteError(
-                    f"{layer.layer_name}.{name}: expected EXPERT.PROJECTION.TENSOR with a projection "
-                    f"of {sorted(str(s) for s in shards)}. Route this module to a source that "
-                    "stores one tensor per expert projection"
+                    f"{layer.layer_name}.{name}: expected EXPERT.PROJECTION.TENSOR with a "
+                    f"projection of {sorted(str(s) for s in shards)}. Route this module to a "
+                    "source that stores one tensor per expert projection"
                 )
             child = children[int(expert)]
             stem, shard = shards[projection]
             parameter = getattr(child, f"{stem}_{suffix}", None)
             if parameter is None:
                 raise RouteError(
-                    f"{layer.layer_name}.{name}: the layer that serves this expert has no parameter "
-                    f"{stem}_{suffix}; it holds {sorted(n for n, _ in child.named_parameters())}"
+                    f"{layer.layer_name}.{name}: the layer that serves this expert has no "
+                    f"parameter {stem}_{suffix}; it holds "
+                    f"{sorted(n for n, _ in child.named_parameters())}. Report this plan"
                 )
             child.weight_loader(
                 parameter, tensor, f"{stem}_{suffix}", shard, int(expert), return_success=True

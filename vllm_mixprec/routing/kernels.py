@@ -111,6 +111,8 @@ def _cuda_gptq(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None
         return "it needs compute capability 8.0"
     if scheme.bits not in (4, 8):
         return f"it takes 4 or 8 bits, not {scheme.bits}"
+    if scheme.desc_act:
+        return "vLLM drops the g_idx that act-order needs (base_config.py, 0.32)"
     if not scheme.symmetric:
         return "it takes symmetric weights only"
     if scheme.group_size not in (None, 32, 64, 128, k):

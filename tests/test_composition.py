@@ -8,7 +8,7 @@ import pytest
 
 from tests.routing.models import FIXTURES, copy_models, edit_json, make_plan
 from vllm_mixprec.checkpoint import open_checkpoint
-from vllm_mixprec.compose import PLAN_FILE, ComposeRefused, compose
+from vllm_mixprec.composition import PLAN_FILE, ComposeRefused, compose
 from vllm_mixprec.errors import MixPrecError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import check, load_route_table

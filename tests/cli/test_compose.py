@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+
+from tests.cli.conftest import MODELS
+from vllm_mixprec.plan import Plan
+
+
+def test_compose_says_where_it_went_and_how_to_serve(run, mixed_plan, tmp_path):
+    result = run("compose", mixed_plan, "-o", tmp_path / "a mix")
+    assert result.code == 0
+    assert f"wrote {tmp_path / 'a mix'}" in result.out
+    assert f"vllm serve '{tmp_path / 'a mix'}'" in result.out
+    config = json.loads((tmp_path / "a mix" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "mixprec"
+
+
+def test_json(run, mixed_plan, tmp_path):
+    result = run("compose", mixed_plan, "-o", tmp_path / "mixed", "--json")
+    found = result.json
+    assert result.code == 0 and result.err == ""
+    assert found["directory"] == str(tmp_path / "mixed")
+    assert found["serve"] == f"vllm serve {tmp_path / 'mixed'}"
+    assert found["ok"] is True
+    composed = Plan.from_yaml(tmp_path / "mixed" / "mixprec_plan.yaml")
+    assert found["plan_sha256"] == composed.sha256
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_plan_with_errors_writes_nothing(run, write_plan, tmp_path, flags):
+    plan = write_plan(("model.layers.*.self_attn", "fp8"), fp8=MODELS / "absent")
+    result = run("compose", plan, "-o", tmp_path / "mixed", *flags)
+    assert result.code == 1
+    assert not (tmp_path / "mixed").exists()
+    assert "absent: no such directory" in result.out
+    if flags:
+        assert result.json["ok"] is False and result.json["directory"] is None
+
+
+def test_foreign_directory_is_replaced_only_by_force(run, mixed_plan, tmp_path):
+    out = tmp_path / "mixed"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    result = run("compose", mixed_plan, "-o", out)
+    assert result.code == 1
+    assert "not empty" in result.err
+    assert (out / "thesis.txt").exists()
+    assert run("compose", mixed_plan, "-o", out, "--force").code == 0
+    assert not (out / "thesis.txt").exists()
+
+
+def test_malformed_plan_is_explained(run, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("base: a\n")
+    result = run("compose", plan, "-o", tmp_path / "mixed")
+    assert result.code == 1
+    assert f"error: {plan}:1" in result.err

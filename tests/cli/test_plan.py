@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import shutil
+
+import pytest
+import yaml
+
+from tests.cli.conftest import MODELS
+from vllm_mixprec.checkpoint import Module, Scheme
+from vllm_mixprec.checkpoint.index import Checkpoint
+from vllm_mixprec.cli.draft import Choice, draft_rules, spell_path
+from vllm_mixprec.errors import RouteError
+from vllm_mixprec.plan import Plan
+from vllm_mixprec.plan.patterns import compile_pattern
+from vllm_mixprec.routing import load_route_table
+
+SOURCES = (
+    *("--source", f"bf16={MODELS / 'bf16'}"),
+    *("--source", f"fp8={MODELS / 'fp8'}"),
+    *("--source", f"int4={MODELS / 'gptq'}"),
+)
+
+
+def rules_of(plan: Plan) -> list[tuple[str, str]]:
+    return [(rule.match, rule.source) for rule in plan.rules]
+
+
+def test_plan_by_kind_routes_each_kind(run, tmp_path):
+    file = tmp_path / "plan.yaml"
+    flags = ["--attention", "fp8", "--experts", "int4", "-o", file]
+    result = run("plan", "--base", "bf16", *SOURCES, *flags)
+    assert result.code == 0
+    assert result.out == ""
+    assert "bytes read" in result.err and "int4" in result.err
+    plan = Plan.from_yaml(file)
+    assert plan.base == "bf16"
+    assert rules_of(plan) == [
+        ("model.layers.*.self_attn.*_proj", "fp8"),
+        ("model.layers.*.mlp.experts", "int4"),
+    ]
+    formats = {"q_proj": "fp8_block", "down_proj": "gptq", "gate": "bf16", "q_norm": "bf16"}
+    for module, route in load_route_table(plan).routes.items():
+        assert route.stored.format == formats.get(module.rpartition(".")[2], route.stored.format)
+    assert "# attention: 512.1 KiB of fp8_block 128x128" in file.read_text()
+    assert run("check", file, "--strict").code == 0
+
+
+def test_experts_from_several_sources(run, tmp_path):
+    file = tmp_path / "plan.yaml"
+    flags = ["--experts", "0-2=int4,5=int4,fp8", "-o", file]
+    assert run("plan", "--base", "bf16", *SOURCES, *flags).code == 0
+    assert rules_of(Plan.from_yaml(file)) == [
+        ("model.layers.*.mlp.experts.{0-2}", "int4"),
+        ("model.layers.*.mlp.experts.5", "int4"),
+        ("model.layers.*.mlp.experts", "fp8"),
+    ]
+    found = run("inspect", file, "--json").json
+    experts = [p for p in found["layers"][0]["parts"] if p["kind"] == "routed_experts"]
+    assert {p["source"]: p["experts"] for p in experts} == {
+        "int4": [0, 1, 2, 5],
+        "fp8": [3, 4, 6, 7],
+    }
+    # The comment counts what the rule takes: two layers, four experts each, not all eight.
+    size = sum(p["stored_bytes"] for p in experts if p["source"] == "fp8") * 2
+    assert f"# other routed experts: {size / 1024:.1f} KiB" in file.read_text()
+
+
+def test_without_output_the_plan_goes_to_stdout(run):
+    result = run("plan", "--base", "bf16", *SOURCES, "--attention", "fp8")
+    assert result.code == 0
+    assert Plan.from_dict(yaml.safe_load(result.out)).base == "bf16"
+    assert "bytes read" in result.err
+
+
+def test_json(run, tmp_path):
+    file = tmp_path / "plan.yaml"
+    result = run("plan", "--base", "bf16", *SOURCES, "--experts", "int4", "-o", file, "--json")
+    found = result.json
+    assert result.code == 0 and result.err == ""
+    assert found["path"] == str(file)
+    assert found["yaml"] == file.read_text()
+    assert found["plan_sha256"] == Plan.from_yaml(file).sha256
+    assert {item["source"] for item in found["bytes_by_source"]} == {"bf16", "int4"}
+
+
+def test_what_stays_with_the_base_needs_no_rule(run, tmp_path):
+    file = tmp_path / "plan.yaml"
+    flags = ["--attention", "int4", "--experts", "int4", "-o", file]
+    assert run("plan", "--base", "int4", *SOURCES, *flags).code == 0
+    assert Plan.from_yaml(file).rules == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--base", "bf61", *SOURCES], "no --source bf61=PATH; given are bf16, fp8, int4"),
+        (["--base", "bf16", *SOURCES, "--mlp", "awq"], "no --source awq=PATH"),
+        (["--base", "bf16", *SOURCES, "--source", "fp8=x"], "fp8 is given twice"),
+        (["--base", "bf16", "--source", "bf16"], "expected N=PATH"),
+        (["--base", "bf16", *SOURCES, "--experts", "3-1=int4"], "runs backwards"),
+        (["--base", "bf16", *SOURCES, "--experts", "0-3=int4,2=fp8"], "repeats experts"),
+        (["--base", "bf16", *SOURCES, "--experts", "int4,0=fp8"], "nothing is left"),
+        (["--base", "bf16"], "--source"),
+    ],
+)
+def test_wrong_usage(run, flags, said):
+    result = run("plan", *flags)
+    assert result.code == 2
+    assert said in result.err
+
+
+def test_kind_that_the_model_lacks(run):
+    result = run("plan", "--base", "bf16", *SOURCES, "--mlp", "fp8")
+    assert result.code == 1
+    assert "has no dense MLP; found" in result.err and "Leave the option" in result.err
+
+
+def test_experts_that_the_model_lacks(run):
+    result = run("plan", "--base", "bf16", *SOURCES, "--experts", "90-99=fp8")
+    assert result.code == 1
+    assert "no routed experts 90-99" in result.err
+
+
+def test_output_that_cannot_be_written(run, tmp_path):
+    result = run("plan", "--base", "bf16", *SOURCES, "-o", tmp_path / "absent" / "plan.yaml")
+    assert result.code == 1
+    assert "cannot be written" in result.err
+
+
+def test_sources_below_a_common_folder_are_relative(run, tmp_path):
+    for name in ("bf16", "fp8"):
+        shutil.copytree(MODELS / name, tmp_path / "models" / name)
+    (tmp_path / "plans").mkdir()
+    file = tmp_path / "plans" / "plan.yaml"
+    models = tmp_path / "models"
+    sources = ["--source", f"bf16={models / 'bf16'}", "--source", f"fp8={models / 'fp8'}"]
+    assert run("plan", "--base", "bf16", *sources, "--experts", "fp8", "-o", file).code == 0
+    paths = {name: source.path for name, source in Plan.from_yaml(file).sources.items()}
+    assert paths == {"bf16": "../models/bf16", "fp8": "../models/fp8"}
+    os.rename(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")
+    moved = tmp_path.parent / f"{tmp_path.name}-moved" / "plans" / "plan.yaml"
+    assert run("check", moved).code == 0
+
+
+def test_path_below_the_plan_begins_with_a_dot(tmp_path):
+    (tmp_path / "bf16").mkdir()
+    assert spell_path(tmp_path / "bf16", tmp_path) == "./bf16"
+
+
+def test_path_without_a_common_folder_is_absolute(tmp_path):
+    assert spell_path(MODELS, tmp_path / "x") == str(MODELS)
+
+
+def test_path_through_a_link_stays_right(tmp_path):
+    """``..`` leaves the folder that a link points to, not the one that holds the link."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "deep" / "er" / "plans").mkdir(parents=True)
+    (tmp_path / "plans").symlink_to(tmp_path / "deep" / "er" / "plans")
+    spelt = spell_path(tmp_path / "models", tmp_path / "plans")
+    assert os.path.samefile(tmp_path / "plans" / spelt, tmp_path / "models")
+
+
+def test_source_names_that_yaml_would_misread_are_quoted(run, tmp_path):
+    file = tmp_path / "plan.yaml"
+    sources = ["--source", f"on={MODELS / 'bf16'}", "--source", f"8={MODELS / 'fp8'}"]
+    assert run("plan", "--base", "on", *sources, "--attention", "8", "-o", file).code == 0
+    plan = Plan.from_yaml(file)
+    assert plan.base == "on" and set(plan.sources) == {"on", "8"}
+
+
+BF16 = Scheme("bf16", 16)
+
+
+def checkpoint(name: str, modules: list[str]) -> Checkpoint:
+    """Return a checkpoint of 2-D modules without tensors; norms are 1-D."""
+    opened = {
+        module: Module(module, {}, BF16, (8,) if module.endswith("norm") else (8, 8), ())
+        for module in modules
+    }
+    return Checkpoint(name, MODELS, {}, {}, opened, ())
+
+
+def layer(number: int, *leaves: str) -> list[str]:
+    return [f"model.layers.{number}.{leaf}" for leaf in leaves]
+
+
+DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MLA = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.o_proj")
+MOE = (
+    "mlp.gate",
+    "mlp.shared_experts.gate_proj",
+    "mlp.shared_experts.up_proj",
+    "mlp.experts.0.gate_proj",
+    "mlp.experts.1.gate_proj",
+)
+BASE = [
+    "model.embed_tokens",
+    *layer(0, *MLA, "self_attn.q_a_norm", *DENSE),
+    *layer(1, *MLA, *MOE),
+    *layer(2, *MLA, *MOE),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "matches"),
+    [
+        ("dense_mlp", ["model.layers.*.mlp.*_proj"]),
+        ("shared_experts", ["model.layers.*.mlp.shared_experts.*_proj"]),
+        ("routed_experts", ["model.layers.*.mlp.experts"]),
+        ("attention", ["model.layers.*.self_attn.{q_a_proj,kv_a_proj_with_mqa,o_proj}"]),
+    ],
+)
+def test_patterns_take_exactly_the_weights_of_a_kind(kind, matches):
+    base = checkpoint("base", BASE)
+    rules = draft_rules(Choice(kind, "fp8"), base, checkpoint("fp8", BASE))
+    assert [rule.match for rule in rules] == matches
+    taken = [name for name in BASE if any(compile_pattern(m)(name) for m in matches)]
+    words = {"dense_mlp": ".mlp.*_proj", "routed_experts": ".experts.", "attention": "_attn."}
+    expected = {
+        "dense_mlp": layer(0, *DENSE),
+        "shared_experts": [name for name in BASE if "shared" in name],
+        "routed_experts": [name for name in BASE if words["routed_experts"] in name],
+        "attention": [n for n in BASE if words["attention"] in n and not n.endswith("norm")],
+    }
+    assert taken == expected[kind]
+
+
+def test_layers_that_a_source_lacks_stay_with_the_base():
+    base = checkpoint("base", BASE)
+    fewer = checkpoint("fp8", [name for name in BASE if ".layers.2." not in name])
+    [rule] = draft_rules(Choice("attention", "fp8"), base, fewer)
+    assert rule.match.startswith("model.layers.{0-1}.self_attn.")
+    assert "layers 2 are not in fp8 and stay with base" in rule.comment
+
+
+def test_source_without_the_kind():
+    base, empty = checkpoint("base", BASE), checkpoint("fp8", ["model.embed_tokens"])
+    with pytest.raises(RouteError, match="source 'fp8'.*no layer has all of the base's attention"):
+        draft_rules(Choice("attention", "fp8"), base, empty)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts and references, computed once a session."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.engine import reference
+from tests.engine.mixes import DEMO, SOURCES, Mix
+
+
+@cache
+def prompts(model: str) -> list[list[int]]:
+    """Four prompts of 120 tokens: held-out text for the trained model, noise for the random one."""
+    if model == "demo":
+        text = list((DEMO / "heldout.txt").read_bytes()[4000:])
+        return [text[start : start + 120] for start in range(0, 4 * 2000, 2000)]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (120,), generator=generator).tolist() for _ in range(4)]
+
+
+@cache
+def dequantised(model: str) -> dict[str, reference.Weights]:
+    return {name: reference.dequantised(path) for name, path in SOURCES[model].items()}
+
+
+@cache
+def reference_weights(mix: Mix) -> reference.Weights:
+    return reference.mix(dequantised(mix.model), "bf16", mix.choose)
+
+
+@cache
+def expected(mix: Mix) -> torch.Tensor:
+    """Return (tokens,) log-probabilities of transformers in float32 for a mix."""
+    config = SOURCES[mix.model]["bf16"]
+    return reference.log_probs(config, reference_weights(mix), prompts(mix.model))
+
+
+@pytest.fixture(scope="session")
+def jobs_of(tmp_path_factory):
+    """Compose every mix once; returns the jobs for the engines' runner."""
+    from tests.engine.harness import compose_plan
+    from tests.engine.mixes import MIXES
+
+    folder = tmp_path_factory.mktemp("composed")
+    return [
+        {
+            "name": mix.name,
+            "model": str(compose_plan(folder / mix.name, mix.plan())),
+            "prompts": prompts(mix.model),
+        }
+        for mix in MIXES
+    ]

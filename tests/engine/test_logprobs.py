@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt log-probabilities of the real engine against transformers in float32."""
+
+import pytest
+import torch
+
+from tests.engine import reference
+from tests.engine.conftest import expected, prompts, reference_weights
+from tests.engine.harness import run_engines
+from tests.engine.mixes import MIXES, SOURCES, Mix, expert
+
+pytestmark = pytest.mark.engine
+
+LAYOUTS = {
+    "one-process": {},
+    "pp2": {"workers": 2, "pipeline_parallel_size": 2},
+    "tp2": {"workers": 2, "tensor_parallel_size": 2},
+}
+BY_NAME = {mix.name: mix for mix in MIXES}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def engines(request, jobs_of, tmp_path_factory):
+    """Run every mix in one layout; returns (layout, results by mix)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, run_engines(folder, jobs_of, **LAYOUTS[request.param])
+
+
+def difference(results: dict, mix: Mix, against: torch.Tensor) -> float:
+    """Mean absolute difference in nats a token between an engine and a reference."""
+    result = results[mix.name]
+    assert "error" not in result, result["error"]
+    return (torch.tensor(result["log_probs"]) - against).abs().mean().item()
+
+
+def test_log_probs_match_float32(engines, record_property):
+    layout, results = engines
+    found = {mix.name: difference(results, mix, expected(mix)) for mix in MIXES}
+    for name, value in found.items():
+        record_property(f"{layout} {name}", round(value, 4))
+        print(f"{layout:12} {name:20} {value:.4f} nats a token (at most {BY_NAME[name].bound})")
+    assert {n: v for n, v in found.items() if not v <= BY_NAME[n].bound} == {}
+
+
+def test_workers_hold_their_part_and_no_more(engines):
+    layout, results = engines
+    for mix in MIXES:
+        workers = results[mix.name]["workers"]
+        held = [set(worker["modules"]) for worker in workers]
+        every = {name.rpartition(".")[0] for name in reference_weights(mix)}
+        assert set().union(*held) == every
+        if layout == "pp2":
+            assert not held[0] & held[1]
+            assert "model.embed_tokens" in held[0] and "lm_head" in held[1]
+            assert not any("embed_tokens" in name for name in workers[1]["parameters"])
+
+
+def test_fused_parts_apart_are_widened_and_nothing_else(engines):
+    layout, results = engines
+    if layout == "tp2":
+        pytest.skip("tensor parallelism widens more: test_tensor_parallel_widens_what_it_cuts")
+    for mix in MIXES:
+        widened = {name for worker in results[mix.name]["workers"] for name in worker["widened"]}
+        if mix.name != "fused-apart":
+            assert widened == set()
+            continue
+        assert all(".self_attn." in name or ".experts." in name for name in widened)
+        assert "model.layers.0.self_attn.k_proj" in widened
+        assert "model.layers.2.mlp.experts.4.up_proj" in widened
+
+
+def test_tensor_parallel_widens_what_it_cuts(engines):
+    layout, results = engines
+    if layout != "tp2":
+        pytest.skip("one rank holds whole blocks")
+    # Random model: intermediate 128 over two ranks cuts blocks and groups of 128, not groups of 64.
+    widened = set(results["four-groups"]["workers"][0]["widened"])
+    assert "model.layers.0.mlp.experts.0.down_proj" in widened
+    assert "model.layers.0.mlp.experts.4.gate_proj" in widened
+    assert "model.layers.0.mlp.experts.2.down_proj" not in widened
+    # Demo model: 256 over two ranks cuts no expert's block.
+    widened = results["experts-three-ways"]["workers"][0]["widened"]
+    assert not any(".experts." in name for name in widened)
+
+
+@pytest.mark.parametrize("mix", ["two-groups", "experts-three-ways"])
+def test_a_shifted_expert_is_noticed(engines, mix):
+    """Negative control: the reference with two experts of one layer swapped is another model."""
+    _, results = engines
+    mix = BY_NAME[mix]
+    weights = dict(reference_weights(mix))
+    shifted = {
+        name: weights[name.replace(f".experts.{expert(name)}.", f".experts.{expert(name) ^ 1}.")]
+        for name in weights
+        if name.startswith("model.layers.1.") and expert(name) in (0, 1)
+    }
+    config = SOURCES[mix.model]["bf16"]
+    other = reference.log_probs(config, weights | shifted, prompts(mix.model))
+    assert difference(results, mix, other) > mix.bound
+
+
+@pytest.mark.parametrize("mix", ["two-groups", "experts-three-ways"])
+def test_a_halved_scale_is_noticed(engines, mix):
+    """Negative control: one attention projection at half its scale."""
+    _, results = engines
+    mix = BY_NAME[mix]
+    name = "model.layers.1.self_attn.v_proj.weight"
+    weights = reference_weights(mix) | {name: reference_weights(mix)[name] / 2}
+    other = reference.log_probs(SOURCES[mix.model]["bf16"], weights, prompts(mix.model))
+    assert difference(results, mix, other) > mix.bound

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+import random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_mixprec.checkpoint.header import read_header
+from vllm_mixprec.errors import CheckpointError
+from vllm_mixprec.loading import stream
+from vllm_mixprec.loading.stream import read_tensors
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two files of tensors of all sizes and dtypes; returns (their tensors, their specs)."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 4),
+        "fp8": torch.randn(7, 5, generator=generator).to(torch.float8_e4m3fn),
+        "half": torch.randn(33, generator=generator).half(),
+        "words": torch.randint(-(2**31), 2**31, (9, 4), generator=generator).int(),
+        "wide": torch.randn(300, 70, generator=generator),
+        "bf16": torch.randn(128, 128, generator=generator).bfloat16(),
+    }
+    names = list(tensors)
+    save_file({name: tensors[name] for name in names[::2]}, tmp_path / "a.safetensors")
+    save_file({name: tensors[name] for name in names[1::2]}, tmp_path / "b.safetensors")
+    specs = [*read_header(tmp_path / "a.safetensors").values()]
+    return tensors, specs + [*read_header(tmp_path / "b.safetensors").values()]
+
+
+@pytest.mark.parametrize("read_bytes, ahead_bytes", [(1, 1), (600, 1000), (8 << 20, 64 << 20)])
+def test_every_tensor_comes_once_and_whole(shards, monkeypatch, read_bytes, ahead_bytes):
+    tensors, specs = shards
+    monkeypatch.setattr(stream, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(stream, "_AHEAD_BYTES", ahead_bytes)
+    random.Random(0).shuffle(specs)
+    found = [(spec.name, tensor) for spec, tensor in read_tensors(specs)]
+    assert sorted(name for name, _ in found) == sorted(tensors)
+    for name, tensor in found:
+        assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
+        assert torch.equal(tensor.double(), tensors[name].double())
+
+
+def test_tensors_come_in_file_order(shards):
+    _, specs = shards
+    order = [(str(spec.file), spec.start) for spec, _ in read_tensors(reversed(specs))]
+    assert order == sorted(order)
+
+
+def test_only_the_chosen_bytes_are_read(shards, monkeypatch):
+    """Counts what reaches the system call, for one tensor amid others."""
+    _, specs = shards
+    chosen = [spec for spec in specs if spec.name in ("half", "bf16")]
+    asked = []
+    real = stream.os.preadv
+
+    def counting(descriptor, buffers, offset):
+        asked.append(sum(len(buffer) for buffer in buffers))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(stream.os, "preadv", counting)
+    assert len(list(read_tensors(chosen))) == 2
+    assert sum(asked) == sum(spec.nbytes for spec in chosen)
+
+
+def test_a_file_cut_short_after_its_header_was_read_is_an_error(shards):
+    _, specs = shards
+    last = max((spec for spec in specs if spec.file.name == "b.safetensors"), key=lambda s: s.end)
+    with open(last.file, "r+b") as file:
+        file.truncate(last.end - 3)
+    with pytest.raises(CheckpointError, match=rf"{last.file.name}: ends at byte .*cut short"):
+        list(read_tensors(specs))
+
+
+def test_a_file_gone_is_an_error(shards):
+    _, specs = shards
+    specs[0].file.unlink()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: cannot be opened any more"):
+        list(read_tensors(specs))
+
+
+def test_misaligned_tensors_are_read(tmp_path):
+    """safetensors allows a float32 tensor at an odd offset; torch's view does not."""
+    file = tmp_path / "odd.safetensors"
+    values = torch.tensor([1.5, -2.0])
+    header = (
+        b'{"b":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        b'"f":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
+    )
+    body = b"\x07" + values.numpy().tobytes()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + body)
+    found = {spec.name: tensor for spec, tensor in read_tensors(read_header(file).values())}
+    assert torch.equal(found["f"], values) and found["b"].item() == 7
+
+
+def test_stopping_early_closes_files_and_threads(shards):
+    _, specs = shards
+    reader = read_tensors(specs)
+    next(reader)
+    reader.close()

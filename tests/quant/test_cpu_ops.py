@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled expert kernels through our op, against float32 loops over the same weights."""
+
+import pytest
+import torch
+import vllm._C  # noqa: F401  registers the compiled kernels
+
+from vllm_mixprec.quant import cpu_ops
+from vllm_mixprec.quant.cpu_ops import ExpertKernel, mixed_experts
+from vllm_mixprec.routing.kernels import detect_platform
+
+pytestmark = pytest.mark.skipif(
+    detect_platform().name != "cpu-avx512", reason="needs AVX512_BF16 and AVX512_VNNI"
+)
+
+HIDDEN, INNER = 256, 128
+# bf16 rounding of inputs and outputs; the int4 kernel also rounds activations to int8.
+BOUND = {ExpertKernel.BF16: 0.01, ExpertKernel.FP8_BLOCK: 0.01, ExpertKernel.INT4: 0.03}
+
+
+def make_group(kernel, experts, seed):
+    """Return (dense w13, dense w2, packed tensors) of a group of random experts."""
+    generator = torch.Generator().manual_seed(seed)
+    dense, stored = [], []
+    for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
+        weight = torch.randn(experts, n, k, generator=generator) / k**0.5
+        if kernel is ExpertKernel.BF16:
+            stored.append([weight.bfloat16()])
+            dense.append(weight.bfloat16().float())
+        elif kernel is ExpertKernel.FP8_BLOCK:
+            blocks = weight.view(experts, n // 128, 128, k // 128, 128)
+            scale = blocks.abs().amax((2, 4)) / 448
+            codes = (blocks / scale[:, :, None, :, None]).to(torch.float8_e4m3fn)
+            dense.append((codes.float() * scale[:, :, None, :, None]).view(experts, n, k))
+            stored.append([codes.view(experts, n, k), scale])
+        else:
+            groups = weight.view(experts, n, k // 64, 64)
+            scale = groups.abs().amax(3) / 7
+            codes = (groups / scale[..., None]).round().clamp(-8, 7)
+            dense.append((codes * scale[..., None]).view(experts, n, k))
+            rows = (codes.view(experts, n, k) + 8).int().mT.reshape(experts, k // 8, 8, n)
+            words = sum(rows[:, :, i].long() << (4 * i) for i in range(8))
+            words = torch.where(words >= 2**31, words - 2**32, words).int()
+            zeros = torch.full((experts, k // 64, n // 8), 0x77777777, dtype=torch.int32)
+            stored.append([words, scale.mT.contiguous(), zeros])
+    tensors = [tensor for pair in zip(*stored, strict=True) for tensor in pair]
+    pack = {
+        ExpertKernel.BF16: cpu_ops.pack_bf16,
+        ExpertKernel.FP8_BLOCK: cpu_ops.pack_fp8,
+        ExpertKernel.INT4: cpu_ops.pack_int4,
+    }[kernel]
+    return dense[0], dense[1], pack(*tensors)
+
+
+def expected_output(x, weights, ids, experts):
+    """Loop over tokens and choices in float32; ``experts`` maps an id to (w13, w2), or lacks it."""
+    out = torch.zeros(x.shape)
+    for token in range(x.shape[0]):
+        for choice, expert in enumerate(ids[token].tolist()):
+            if expert in experts:
+                w13, w2 = experts[expert]
+                gate, up = (w13 @ x[token].float()).chunk(2)
+                act = torch.nn.functional.silu(gate) * up
+                out[token] += weights[token, choice] * (w2 @ act)
+    return out
+
+
+def relative_error(found, expected):
+    return ((found.float() - expected).norm() / expected.norm().clamp(min=1e-6)).item()
+
+
+@pytest.mark.parametrize("kernel", ExpertKernel)
+def test_probe_trusts_every_kernel_here(kernel):
+    assert cpu_ops.probe(kernel) is None
+
+
+def test_probe_reports_a_kernel_that_is_wrong(monkeypatch):
+    right = cpu_ops._run
+    monkeypatch.setattr(cpu_ops, "_run", lambda *args: right(*args) * 0.5)
+    assert "off by" in cpu_ops._probe(ExpertKernel.BF16)
+
+
+def test_probe_reports_a_kernel_that_is_missing(monkeypatch):
+    def missing(*args):
+        raise AttributeError("'_OpNamespace' '_C' object has no attribute 'fused_experts_cpu'")
+
+    monkeypatch.setattr(cpu_ops, "_run", missing)
+    assert "raised AttributeError" in cpu_ops._probe(ExpertKernel.BF16)
+
+
+@pytest.mark.parametrize("kernel", ExpertKernel)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_one_group_matches_float32(kernel, tokens):
+    w13, w2, packed = make_group(kernel, 4, 0)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+    ids = torch.rand(tokens, 4, generator=generator).argsort(1)[:, :2].int()
+    weights = torch.rand(tokens, 2, generator=generator)
+    block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
+    out = mixed_experts(x, weights, ids, None, packed, [kernel], block)
+    experts = {e: (w13[e], w2[e]) for e in range(4)}
+    assert relative_error(out, expected_output(x, weights, ids, experts)) < BOUND[kernel]
+
+
+@pytest.fixture(scope="module")
+def three_groups():
+    """Experts 0 to 8 dealt to three formats in turn; expert 9 lives on another rank."""
+    experts, tensors, slots = {}, [], torch.full((2, 10), -1, dtype=torch.int32)
+    for number, kernel in enumerate(ExpertKernel):
+        w13, w2, packed = make_group(kernel, 3, 10 + number)
+        tensors += packed
+        for slot in range(3):
+            expert = 3 * slot + number
+            experts[expert] = (w13[slot], w2[slot])
+            slots[0, expert], slots[1, expert] = number, slot
+    return experts, tensors, slots
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+def test_three_formats_in_one_layer_match_float32(three_groups, tokens):
+    experts, tensors, slots = three_groups
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+    ids = torch.rand(tokens, 10, generator=generator).argsort(1)[:, :4]
+    weights = torch.rand(tokens, 4, generator=generator)
+    out = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), [0, 0, 128, 128, 0, 0])
+    expected = expected_output(x, weights, ids, experts)
+    assert relative_error(out, expected) < BOUND[ExpertKernel.INT4]
+    # Negative control: the same comparison with one expert's slot shifted.
+    wrong = slots.clone()
+    wrong[1, int(ids[0, 0])] = (wrong[1, int(ids[0, 0])] + 1) % 3
+    out = mixed_experts(x, weights, ids, wrong, tensors, list(ExpertKernel), [0, 0, 128, 128, 0, 0])
+    if slots[0, int(ids[0, 0])] >= 0:
+        assert relative_error(out, expected) > BOUND[ExpertKernel.INT4]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_tokens_without_a_local_expert_give_zero(three_groups, tokens):
+    _, tensors, slots = three_groups
+    x = torch.randn(tokens, HIDDEN).bfloat16()
+    ids = torch.full((tokens, 2), 9)
+    out = mixed_experts(
+        x,
+        torch.ones(tokens, 2),
+        ids,
+        slots,
+        tensors,
+        list(ExpertKernel),
+        [0, 0, 128, 128, 0, 0],
+    )
+    assert out.shape == x.shape and not out.any()
+
+
+def test_strided_inputs_give_the_contiguous_result(three_groups):
+    """The kernels read garbage from strided ids or rows without an error; the op must not."""
+    experts, tensors, slots = three_groups
+    x = torch.randn(6, 2 * HIDDEN).bfloat16()[:, ::2]
+    ids = torch.stack([torch.randperm(9)[:4] for _ in range(6)])[:, ::2]
+    weights = torch.rand(6, 4)[:, ::2]
+    out = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), [0, 0, 128, 128, 0, 0])
+    expected = expected_output(x, weights, ids, experts)
+    assert relative_error(out, expected) < BOUND[ExpertKernel.INT4]
+
+
+def test_the_op_compiles_with_dynamic_tokens(three_groups):
+    _, tensors, slots = three_groups
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def layer(x, weights, ids):
+        return mixed_experts(x * 1, weights, ids, slots, tensors, [0, 2, 3], [0, 0, 128, 128, 0, 0])
+
+    for tokens in (3, 5):
+        x, weights = torch.randn(tokens, HIDDEN).bfloat16(), torch.rand(tokens, 2)
+        ids = torch.stack([torch.randperm(9)[:2] for _ in range(tokens)])
+        plain = mixed_experts(x, weights, ids, slots, tensors, [0, 2, 3], [0, 0, 128, 128, 0, 0])
+        assert torch.equal(layer(x, weights, ids), plain)
