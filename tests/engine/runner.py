@@ -3,8 +3,8 @@
 
 python -m tests.engine.runner JOBS.json OUT.json
 
-JOBS: {"engine": {LLM options}, "jobs": [{"name", "model", "prompts"}]}. OUT: for each name
-{"log_probs": [...], "modules": [a list a worker], "widened": [...]} or {"error": "..."}.
+JOBS: {"engine": {LLM options}, "jobs": [{"name", "model", "prompts", "options": {more}}]}. OUT:
+for each name {"log_probs": [...], "workers": [loaded_modules() of each]} or {"error": "..."}.
 """
 
 import gc
@@ -35,7 +35,7 @@ def run(job: dict, options: dict) -> dict:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.inputs import TokensPrompt
 
-    llm = LLM(job["model"], **options)
+    llm = LLM(job["model"], **options | job.get("options", {}))
     parameters = SamplingParams(prompt_logprobs=0, max_tokens=1, detokenize=False)
     prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
     outputs = llm.generate(prompts, parameters, use_tqdm=False)
