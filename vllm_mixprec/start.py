@@ -10,6 +10,7 @@ from vllm_mixprec.plan import Plan
 from vllm_mixprec.quant.config import layout_of, plan_path
 from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import check
+from vllm_mixprec.routing.sources import config_differences
 
 logger = init_logger("vllm.mixprec")
 
@@ -34,6 +35,15 @@ def prepare(vllm_config: VllmConfig) -> None:
     errors = [f"{f.where}: {f.message}" for f in report.findings if f.level == "error"]
     if errors:
         raise PlanError("\n".join([f"{path}: the plan cannot be served:", *errors]))
+    assert report.table is not None
+    # --hf-overrides can name a plan for another model than the one that is served.
+    served = model_config.hf_config.to_dict()
+    differences = config_differences(report.table.base_config, served)
+    if differences:
+        raise PlanError(
+            f"{path}: the plan's base is another model than {model_config.model}: "
+            f"{'; '.join(differences)}. Serve the directory of source {plan.base!r}"
+        )
     for finding in report.findings:
         say = logger.warning if finding.level == "warning" else logger.info
         say("%s: %s", finding.where, finding.message)

@@ -61,7 +61,7 @@ def test_overrides_serve_a_plan_without_composing(starts):
 
 
 def test_a_routed_tensor_that_the_model_has_no_place_for_stops_the_start(starts):
-    assert "model.layers.1" in starts["layer-too-many"]["error"]
+    assert "layers.1" in starts["layer-too-many"]["error"]
 
 
 def test_a_parameter_that_no_tensor_fills_stops_the_start(starts):
@@ -91,3 +91,15 @@ def test_vllm_serve_ends_with_every_finding_and_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr
     message = done.stderr[done.stderr.index("vllm-mixprec: ") :]
     assert "model.safetensors" in message and "cut short" in message or "truncated" in message
+
+
+def test_vllm_serve_refuses_a_plan_of_another_model(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(Plan.from_dict(MIX.plan()).to_yaml())
+    overrides = json.dumps({"mixprec_plan": str(plan)})
+    demo = SOURCES["demo"]["bf16"]
+    done = serve(demo, "--quantization", "mixprec", "--hf-overrides", overrides)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "the plan's base is another model" in done.stderr
+    assert "hidden_size is 128, expected 256" in done.stderr

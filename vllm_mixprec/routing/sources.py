@@ -42,7 +42,7 @@ def compare_configs(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: Find
     for name, checkpoint in checkpoints.items():
         if name == plan.base:
             continue
-        differences = _differences(base.config, checkpoint.config)
+        differences = config_differences(base.config, checkpoint.config)
         if differences:
             log.add(
                 "error",
@@ -54,8 +54,11 @@ def compare_configs(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: Find
             )
 
 
-def _differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return lines such as ``hidden_size is 512, expected 256``."""
+def config_differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Compare two config.json by architecture and sizes.
+
+    Returns lines such as ``hidden_size is 512, expected 256``; none where they agree.
+    """
     pairs: list[tuple[str, Any, Any]] = [
         ("architectures", base.get("architectures"), other.get("architectures"))
     ]
