@@ -8,9 +8,11 @@ expert id of -1 crashes them, an empty batch divides by zero, and non-contiguous
 wrong results without an error.
 """
 
+from collections.abc import Iterator
 from enum import IntEnum
 from functools import cache
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_dtype
@@ -25,7 +27,7 @@ class ExpertKernel(IntEnum):
 
 
 # How many tensors a group passes to the op: w13, w2, then scales, then zero points.
-_TENSORS = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, ExpertKernel.INT4: 6}
+_TENSORS: dict[int, int] = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, ExpertKernel.INT4: 6}
 
 
 def pack_bf16(w13: torch.Tensor, w2: torch.Tensor) -> list[torch.Tensor]:
@@ -119,29 +121,26 @@ def _mixed_experts(
         ids = topk_ids.to(torch.int32).contiguous()
         return _run(kernels[0], x, topk_weights, ids, tensors, _block(blocks, 0))
 
-    groups, start = [], 0
-    for kernel in kernels:
-        groups.append(tensors[start : start + _TENSORS[ExpertKernel(kernel)]])
-        start += len(groups[-1])
+    # Indices are worked out in numpy: at decode sizes a torch operator costs more than the work.
+    pair_group, pair_slot = slots.numpy()[:, topk_ids.reshape(-1).numpy()]
     if x.shape[0] == 1:
-        return _mixed_one_token(x, topk_weights, topk_ids, slots, groups, kernels, blocks)
+        return _mixed_one_token(x, topk_weights, pair_group, pair_slot, tensors, kernels, blocks)
 
     # Each (token, choice) pair becomes a row with one expert, because the kernel cannot skip a
     # pair that belongs to another group.
     top_k = topk_ids.shape[1]
-    pair_group, pair_slot = slots[:, topk_ids.reshape(-1).long()]
     pair_weights = topk_weights.view(-1, 1)
     total = torch.zeros(x.shape, dtype=torch.float32)
-    for number, group in enumerate(groups):
-        pairs = (pair_group == number).nonzero().squeeze(1)
-        if pairs.numel() == 0:
+    for number, kernel, group in _groups(kernels, tensors):
+        pairs = (pair_group == number).nonzero()[0]
+        if pairs.size == 0:
             continue
-        rows = pairs.div(top_k, rounding_mode="floor")
+        rows = torch.from_numpy(pairs // top_k)
         part = _run(
-            kernels[number],
+            kernel,
             x.index_select(0, rows),
-            pair_weights.index_select(0, pairs),
-            pair_slot.index_select(0, pairs).unsqueeze(1),
+            pair_weights.index_select(0, torch.from_numpy(pairs)),
+            torch.from_numpy(pair_slot[pairs]).unsqueeze(1),
             group,
             _block(blocks, number),
         )
@@ -152,24 +151,36 @@ def _mixed_experts(
 def _mixed_one_token(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    slots: torch.Tensor,
-    groups: list[list[torch.Tensor]],
+    pair_group: np.ndarray,
+    pair_slot: np.ndarray,
+    tensors: list[torch.Tensor],
     kernels: list[int],
     blocks: list[int],
 ) -> torch.Tensor:
     """Decode at batch 1: every group reads the same row, so nothing is gathered or scattered."""
-    pair_group, pair_slot = slots[:, topk_ids.view(-1).long()].tolist()
     total = None
-    for number, group in enumerate(groups):
-        pairs = [pair for pair, g in enumerate(pair_group) if g == number]
-        if not pairs:
+    weights = topk_weights.numpy()
+    for number, kernel, group in _groups(kernels, tensors):
+        mine = pair_group == number
+        if not mine.any():
             continue
-        ids = torch.tensor([[pair_slot[pair] for pair in pairs]], dtype=torch.int32)
-        weights = topk_weights if len(pairs) == len(pair_group) else topk_weights[:, pairs]
-        part = _run(kernels[number], x, weights, ids, group, _block(blocks, number))
-        total = part if total is None else total + part
+        ids = torch.from_numpy(pair_slot[None, mine])
+        part = _run(
+            kernel, x, torch.from_numpy(weights[:, mine]), ids, group, _block(blocks, number)
+        )
+        total = part if total is None else total.add_(part)
     return torch.zeros_like(x) if total is None else total
+
+
+def _groups(
+    kernels: list[int], tensors: list[torch.Tensor]
+) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
+    """Yield (group, kernel, its tensors) from the flat list that a torch operator can take."""
+    start = 0
+    for number, kernel in enumerate(kernels):
+        end = start + _TENSORS[kernel]
+        yield number, kernel, tensors[start:end]
+        start = end
 
 
 def _block(blocks: list[int], number: int) -> list[int]:
