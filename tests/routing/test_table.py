@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.routing.models import CPU, FIXTURES, edit_json, make_plan
+from tests.routing.models import CPU, FIXTURES, edit_json, edit_tensors, make_plan
 from vllm_mixprec.checkpoint import Checkpoint, Module, Scheme, TensorSpec, open_checkpoint
 from vllm_mixprec.errors import CheckpointError, RouteError
 from vllm_mixprec.plan import Plan
@@ -228,6 +228,23 @@ def test_part_that_ends_inside_a_block_widens_its_fused_layer(models: Path) -> N
 
 
 # The table itself.
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_packed_vocabulary_is_widened(models: Path, module: str) -> None:
+    """vLLM asks no method of ours for these two, so they cannot be served packed."""
+
+    def pack(tensors: dict) -> None:
+        rows, columns = tensors[f"{module}.weight"][1]
+        tensors[f"{module}.weight"] = ("F8_E4M3", [rows, columns], bytes(rows * columns))
+        scales = [rows // 128, columns // 128]
+        tensors[f"{module}.weight_scale_inv"] = ("F32", scales, bytes(4 * scales[0] * scales[1]))
+
+    edit_tensors(models / "fp8" / "model.safetensors", pack)
+    table = load(make_plan((module, "fp8"), folder=models), None, CPU)
+    route = table.routes[module]
+    assert route.stored == FP8 and route.served == BF16
+    assert "the embeddings and the head are not served as fp8_block" in str(route.reason)
 
 
 def test_bytes_by_source_counts_the_stored_tensors() -> None:

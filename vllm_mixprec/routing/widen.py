@@ -128,8 +128,8 @@ class Widener:
         return None
 
     def _kernel_reason(self, kind: Kind, part: _Part, shard: Shard) -> str | None:
-        if part.leaf == "embed_tokens":
-            return f"no kernel looks up rows of {part.scheme.label}"
+        if part.leaf in ("embed_tokens", "lm_head"):
+            return f"the embeddings and the head are not served as {part.scheme.label}"
         if len(part.shape) != 2:
             return f"no kernel for {part.scheme.label} of {len(part.shape)} dimensions"
         shape = (shard.rows, shard.columns)
