@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 VLLM_VERSION=0.32.0
 PYTHON=${PYTHON:-python3}
 VENV=.venv
-step() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
+step() { if [ -t 2 ]; then printf '\033[1m==> %s\033[0m\n' "$*" >&2; else echo "==> $*" >&2; fi; }
 version_of() { "$VENV/bin/python" -c "from importlib.metadata import version; print(version('$1'))" 2>/dev/null || true; }
 
 if ! "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'; then

@@ -39,7 +39,7 @@ def test_demo_plan_checks_clean(stages):
     )
     assert report.findings == ()
     groups = report.table.expert_groups("model.layers.1.mlp.experts")
-    assert [group.scheme.format for group in groups] == ["bf16", "fp8_block", "gptq"]
+    assert {group.scheme.format for group in groups} == {"bf16", "fp8_block", "gptq"}
 
 
 def test_demo_plan_is_what_quickstart_writes(tmp_path, capsys):
@@ -76,6 +76,7 @@ QUANTIZATION = {
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "int4": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
 }
+TP4_EP = {"tensor_parallel_size": 4, "expert_parallel": True}
 Tensors = Iterator[tuple[str, str, list[int]]]
 
 
@@ -174,11 +175,12 @@ def _check(file: Path, headers: Path, platform: str, **sizes):
 @pytest.mark.parametrize(
     "name, platform, sizes, gib_a_rank",
     [
-        ("qwen3-30b-a3b_cpu", "cpu-avx512", {}, 16.1),
+        ("qwen3-30b-a3b_cpu", "cpu-avx512", {}, 16.2),
         ("qwen3-30b-a3b_cpu", "cpu-avx512", {"tensor_parallel_size": 2}, 8.1),
+        ("qwen3-30b-a3b_cpu", "cpu-avx512", TP4_EP, 4.1),
         ("qwen3-30b-a3b_1x24gb", "cuda-86", {}, 17.2),
         ("qwen3-30b-a3b_1x24gb", "cuda-89", {}, 17.2),
-        ("qwen3-235b-a22b_4x80gb", "cuda-90", {"tensor_parallel_size": 4}, 45.0),
+        ("qwen3-235b-a22b_4x80gb", "cuda-90", {"tensor_parallel_size": 4}, 47.3),
     ],
 )
 def test_config_resolves_and_takes_what_its_comment_says(

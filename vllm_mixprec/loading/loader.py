@@ -122,7 +122,7 @@ def _whole(
 def _check_order(route: Route, g_idx: torch.Tensor) -> None:
     """Make sure that rows are grouped in order, as the config said and the kernel assumes."""
     group_size = route.stored.group_size
-    assert group_size is not None
+    assert group_size is not None, f"{route.module}: a gptq scheme has a group size"
     expected = torch.arange(g_idx.numel(), dtype=g_idx.dtype).div(group_size, rounding_mode="floor")
     if not torch.equal(g_idx, expected):
         spec = route.tensors["g_idx"]
