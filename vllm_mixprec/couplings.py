@@ -337,6 +337,10 @@ COUPLINGS: tuple[Coupling, ...] = (
         ("dtype",),
     ),
     Coupling(
+        "vllm.platforms:current_platform",
+        "says whether vLLM computes on a CPU or CUDA, and the compute capability",
+    ),
+    Coupling(
         "vllm:_custom_ops",
         "loads vLLM's compiled operators into torch.ops",
         members=("CPUQuantAlgo",),

@@ -21,16 +21,16 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    _registered = True
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader import register_model_loader
 
-    from vllm_mixprec.loading.loader import LOAD_FORMAT, MixPrecLoader
-    from vllm_mixprec.quant.config import METHOD, MixPrecConfig
+    from vllm_mixprec.loading.loader import MixPrecLoader
+    from vllm_mixprec.quant.config import LOAD_FORMAT, METHOD, MixPrecConfig
 
     register_quantization_config(METHOD)(MixPrecConfig)
     register_model_loader(LOAD_FORMAT)(MixPrecLoader)
     _hook_start()
+    _registered = True
     if Path(sys.argv[0]).name == "vllm":
         _say_errors_plainly()
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens in vLLM's front end before a mixed model's engine starts."""
 
+from dataclasses import replace
+
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_mixprec.errors import PlanError
-from vllm_mixprec.loading.loader import LOAD_FORMAT
+from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.plan import Plan
-from vllm_mixprec.quant.config import layout_of, plan_path
+from vllm_mixprec.quant.config import LOAD_FORMAT, dtype_of, layout_of, plan_path
 from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import check
 from vllm_mixprec.routing.sources import config_differences
@@ -23,6 +24,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     """
     model_config, load_config = vllm_config.model_config, vllm_config.load_config
     path = plan_path(model_config.model, model_config.hf_config)
+    _refuse_parallelism(vllm_config)
     plan = Plan.from_yaml(path)
     layout = layout_of(vllm_config)
     report = check(
@@ -31,6 +33,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         pipeline_parallel_size=layout.pipeline_parallel_size,
         expert_parallel=layout.expert_parallel,
         platform=usable_platform(),
+        dtype=dtype_of(vllm_config),
     )
     errors = [f"{f.where}: {f.message}" for f in report.findings if f.level == "error"]
     if errors:
@@ -52,9 +55,30 @@ def prepare(vllm_config: VllmConfig) -> None:
             f"--load-format {load_config.load_format} with a mixed model; expected {LOAD_FORMAT}, "
             "which reads each tensor from the source the plan names. Leave the flag out"
         )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.draft_load_config is None:
+        # Else the draft, another checkpoint, would be loaded through the target's plan.
+        speculative.draft_load_config = replace(load_config, load_format="auto")
     load_config.load_format = LOAD_FORMAT
-    # A plan decides which methods are compiled, so its hash belongs in vLLM's compile cache key.
+    # The formats decide what is compiled, so they belong in the key of vLLM's compile cache.
     vllm_config.additional_config = {
         **(vllm_config.additional_config or {}),
-        "mixprec_plan_sha256": plan.sha256,
+        "mixprec_routes_sha256": report.table.fingerprint,
     }
+
+
+def _refuse_parallelism(vllm_config: VllmConfig) -> None:
+    """Refuse the layouts that routing does not know how vLLM cuts."""
+    parallel = vllm_config.parallel_config
+    replicas = parallel.data_parallel_size * parallel.prefill_context_parallel_size
+    if replicas > 1 and not parallel.enable_expert_parallel:
+        raise UnsupportedError(
+            f"{replicas} data- or context-parallel ranks cut every expert {replicas} times more; "
+            "expected 1 for a mixed model. Add --enable-expert-parallel, or start one server a "
+            "replica"
+        )
+    if parallel.enable_eplb:
+        raise UnsupportedError(
+            "--enable-eplb with a mixed model: its physical experts have no precision of their "
+            "own. Leave the flag out"
+        )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -308,3 +309,26 @@ def test_whole_model_from_one_source(source: str, platform: str) -> None:
     table = load(make_plan(base=source), None, Platform(platform))
     assert {route.source for route in table.routes.values()} == {source}
     assert not any(route.widened for route in table.routes.values())
+
+
+def test_fingerprint_tells_formats_apart_that_one_plan_can_have(models: Path) -> None:
+    """vLLM reuses a compiled graph by it; a plan's own hash does not see its sources."""
+
+    def fingerprint(**options: object) -> str:
+        plan = make_plan(("**.experts.{0-3}", "gptq"), folder=models)
+        return load(plan, None, **{"platform": CPU, **options}).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    assert fingerprint(platform=Platform("cpu-other")) != first
+    assert fingerprint(platform=CPU.without({"gptq": "its probe failed"})) != first
+    assert fingerprint(dtype="fp16") != first
+    shutil.rmtree(models / "gptq")
+    shutil.copytree(models / "gptq-asym", models / "gptq")
+    assert fingerprint() != first
+
+
+def test_dtype_that_is_served_overrides_the_config() -> None:
+    table = load(make_plan(("**.experts", "gptq")), None, CPU, dtype="fp16")
+    assert table.base_scheme == Scheme("fp16", 16)
+    assert table.routes[f"{EXPERTS}.0.up_proj"].widened

@@ -68,7 +68,7 @@ class Ledger:
             )
         empty, partial = [], []
         for name, parameter in self._model.named_parameters():
-            if parameter.numel() == 0:
+            if parameter.numel() == 0 or self._is_unused(name):
                 continue
             filled = self._filled.get(name, {})
             expected = self._expected(name)
@@ -81,6 +81,16 @@ class Ledger:
                 f"{_names(empty + partial)}: no source's tensor filled it; expected every "
                 "parameter of this rank to be loaded. Check that the base checkpoint is complete"
             )
+
+    def _is_unused(self, name: str) -> bool:
+        """Whether no checkpoint holds this parameter.
+
+        vLLM's GPTQ experts register zero biases whether the model has any or not
+        (quantization/auto_gptq.py AutoGPTQMoEMethod.create_weights, 0.32).
+        """
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        is_bias = name.endswith(("w13_bias", "w2_bias"))
+        return is_bias and isinstance(module, RoutedExperts) and not module.moe_config.has_bias
 
     def _expected(self, name: str) -> int | None:
         """How many separate tensors fill a fused parameter; None where one does."""

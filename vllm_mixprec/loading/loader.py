@@ -25,8 +25,6 @@ from vllm_mixprec.routing.fused import parse_expert
 
 logger = init_logger("vllm.mixprec")
 
-LOAD_FORMAT = "mixprec"
-
 
 class MixPrecLoader(BaseModelLoader):
     """Loads the modules that the plan routes and this rank holds, each from its own source."""
@@ -67,7 +65,7 @@ class MixPrecLoader(BaseModelLoader):
         assert isinstance(config, MixPrecConfig)
         routes = rank_routes(model, config)
         wanted = {
-            (spec.file, spec.start): (route, suffix)
+            (spec.file, spec.name): (route, suffix)
             for route in routes
             for suffix, spec in route.tensors.items()
         }
@@ -87,12 +85,14 @@ class MixPrecLoader(BaseModelLoader):
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         with bar:
             for spec, tensor in read_tensors(specs):
-                route, suffix = wanted[spec.file, spec.start]
+                route, suffix = wanted[spec.file, spec.name]
                 if suffix == "g_idx" or (route.widened and suffix != "bias"):
                     parts = waiting.setdefault(route.module, {})
                     parts[suffix] = tensor
                     yield from _whole(route, parts, waiting, model_config.dtype)
                 else:
+                    if suffix == "qzeros":
+                        _check_zeros(route, tensor)
                     yield f"{route.module}.{suffix}", tensor
                 bar.update(spec.nbytes)
         if waiting:
@@ -130,6 +130,22 @@ def _check_order(route: Route, g_idx: torch.Tensor) -> None:
             f"{spec.name} in {spec.file}: rows are not grouped in order though the checkpoint's "
             f"config.json says desc_act false; expected row k in group k // {group_size}. Set "
             "desc_act to true there, or choose another source"
+        )
+
+
+def _check_zeros(route: Route, qzeros: torch.Tensor) -> None:
+    """Make sure that zero points are what the config's ``sym`` promises and kernels assume."""
+    if not route.stored.symmetric:
+        return
+    bits = route.stored.bits
+    stored = (1 << (bits - 1)) - route.stored.zero_offset
+    word = sum(stored << shift for shift in range(0, 32, bits))
+    if bool((qzeros != word - (word >> 31 << 32)).any()):
+        spec = route.tensors["qzeros"]
+        raise RouteError(
+            f"{spec.name} in {spec.file}: zero points vary though the checkpoint's config.json "
+            f"says sym true; expected {stored} everywhere. Set sym to false there, or choose "
+            "another source"
         )
 
 

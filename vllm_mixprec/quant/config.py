@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from vllm_mixprec.checkpoint.formats import Scheme
-from vllm_mixprec.errors import PlanError, RouteError
+from vllm_mixprec.errors import PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.quant.experts import MixedExpertsMethod
 from vllm_mixprec.quant.methods import experts_method, linear_method, usable_platform
@@ -37,6 +37,7 @@ _FUSED_PARTS = {
 }
 
 METHOD = "mixprec"
+LOAD_FORMAT = "mixprec"
 OVERRIDE_KEY = "mixprec_plan"  # in --hf-overrides
 
 
@@ -66,6 +67,21 @@ def layout_of(vllm_config: VllmConfig) -> Layout:
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         expert_parallel=parallel.enable_expert_parallel,
     )
+
+
+def dtype_of(vllm_config: VllmConfig) -> str:
+    """Return the format that the model computes in, after ``--dtype`` and vLLM's own choice.
+
+    Raises:
+        UnsupportedError: it is none of bf16, fp16, fp32.
+    """
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    dtype = vllm_config.model_config.dtype
+    if dtype not in names:
+        raise UnsupportedError(
+            f"the model computes in {dtype}; expected bfloat16, float16 or float32. Set --dtype"
+        )
+    return names[dtype]
 
 
 class MixPrecConfig(QuantizationConfig):
@@ -128,10 +144,19 @@ class MixPrecConfig(QuantizationConfig):
     def table(self) -> RouteTable:
         """Where every tensor comes from; resolved once a process, from headers only."""
         if self._table is None:
-            assert self.plan is not None
-            layout = layout_of(get_current_vllm_config())
+            assert self.plan is not None, "vLLM calls maybe_update_config before a layer is built"
+            vllm_config = get_current_vllm_config()
+            if vllm_config.load_config.load_format != LOAD_FORMAT:
+                raise PlanError(
+                    f"{self.plan}: a mixed model with load format "
+                    f"{vllm_config.load_config.load_format!r}; expected {LOAD_FORMAT!r}, which the "
+                    "start-up hook of vllm-mixprec sets. Run `vllm-mixprec doctor`"
+                )
             self._table = load_route_table(
-                Plan.from_yaml(self.plan), layout=layout, platform=usable_platform()
+                Plan.from_yaml(self.plan),
+                layout=layout_of(vllm_config),
+                platform=usable_platform(),
+                dtype=dtype_of(vllm_config),
             )
         return self._table
 

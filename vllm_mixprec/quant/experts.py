@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -23,6 +24,8 @@ from vllm_mixprec.routing.table import ExpertGroup
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+
+logger = init_logger("vllm.mixprec")
 
 _EXPERT_TENSOR = re.compile(r"(\d+)\.(\w+)\.(\w+)")
 
@@ -127,7 +130,15 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             moe_config = copy.copy(layer.moe_config)
             moe_config.num_local_experts = len(local)
             if self.platform.family == "cuda":
-                moe_config.moe_backend = _MAPPED_BACKEND.get(group.scheme.format, "triton")
+                moe_config.moe_backend = _mapped_backend(group.scheme, self.platform)
+                if layer.moe_config.moe_backend not in ("auto", moe_config.moe_backend):
+                    logger.warning_once(
+                        "--moe-backend %s is not used for %s experts that share a layer with other "
+                        "formats: %s is, which honours an expert map",
+                        layer.moe_config.moe_backend,
+                        group.scheme.label,
+                        moe_config.moe_backend,
+                    )
             child = RoutedExperts(
                 layer.layer_name,
                 params_dtype,
@@ -149,7 +160,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 raise UnsupportedError(
                     f"{layer.layer_name}: vLLM chose {type(child.quant_method).__name__} for the "
                     f"{group.scheme.label} experts, which routes inside its kernel and cannot "
-                    "share a layer. Choose another --moe-backend"
+                    "share a layer. Route the experts of each layer to one format"
                 )
             name = f"group{len(kept)}"
             layer.add_module(name, child)
@@ -185,7 +196,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             tensors, kernels, blocks = [], [], []
             for child in children:
                 method = child.quant_method
-                assert isinstance(method, CpuExpertsMethod)
+                assert isinstance(method, CpuExpertsMethod), type(method)
                 tensors += method.tensors(child)
                 kernels.append(int(method.kernel))
                 blocks += method.blocks
@@ -201,8 +212,17 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         return torch.zeros_like(x) if total is None else total
 
 
-# vLLM's expert kernels that skip the -1 of an expert map, by format; the others ignore the map.
-_MAPPED_BACKEND = {"gptq": "marlin"}
+def _mapped_backend(scheme: Scheme, platform: Platform) -> str:
+    """Name a CUDA backend whose kernel skips the -1 of an expert map; most others ignore the map.
+
+    Read from vLLM 0.32 (fused_moe/experts/triton_moe.py, marlin_moe.py); Triton's computes in FP8
+    and needs compute capability 8.9, Marlin's dequantises in registers.
+    """
+    if scheme.format == "gptq":
+        return "marlin"
+    if scheme.format == "fp8_block" and platform.compute_capability < 89:
+        return "marlin"
+    return "triton"
 
 
 def install_expert_loader(layer: RoutedExperts, children: dict[int, RoutedExperts]) -> None:

@@ -6,6 +6,8 @@ pairs exist is :data:`vllm_mixprec.routing.kernels.KERNELS`; routing has widened
 before a layer is built, so a pair that is missing here is a defect and raises.
 """
 
+import os
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,13 @@ from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant import cpu
 from vllm_mixprec.quant.cpu_ops import ExpertKernel, probe
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.kernels import PLATFORM_VARIABLE, Platform, detect_platform
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -49,7 +52,7 @@ def linear_method(
         return UnquantizedLinearMethod()
     if platform.name == "cpu-avx512":
         return _CPU_LINEAR[scheme.format](scheme)
-    method = _stock_config(scheme).get_quant_method(layer, prefix)
+    method = _stock_config(_spell_whole_k(scheme, layer.input_size)).get_quant_method(layer, prefix)
     if method is None or isinstance(method, UnquantizedLinearMethod):
         raise UnsupportedError(f"{prefix}: vLLM offers no {scheme.label} linear method here")
     return method
@@ -63,6 +66,9 @@ def experts_method(
         return _CPU_EXPERTS[scheme.format](scheme, layer)
     if not scheme.is_quantized:
         return UnquantizedFusedMoEMethod(layer.moe_config)
+    moe = layer.moe_config
+    if moe.hidden_dim == moe.intermediate_size:
+        scheme = _spell_whole_k(scheme, moe.hidden_dim)
     method = _stock_config(scheme).get_quant_method(layer, prefix)
     if method is None or isinstance(method, UnquantizedFusedMoEMethod):
         raise UnsupportedError(f"{prefix}: vLLM offers no {scheme.label} expert method here")
@@ -90,11 +96,14 @@ def kernel_problem(format: str) -> str | None:
 
     Runs the kernel's probe, once a process.
     """
-    from vllm_mixprec.routing.kernels import detect_platform
-
     if detect_platform().name != "cpu-avx512":
         return "the CPU lacks AVX512_BF16 or AVX512_VNNI"
     return probe(_CPU_KERNELS[format])
+
+
+def _spell_whole_k(scheme: Scheme, k: int) -> Scheme:
+    """Return the scheme with a group that spans all of K spelled -1, as vLLM's configs want it."""
+    return replace(scheme, group_size=-1) if scheme.group_size == k else scheme
 
 
 @cache
@@ -128,12 +137,19 @@ def _stock_config(scheme: Scheme) -> Any:
 
 @cache
 def usable_platform() -> Platform:
-    """This machine's platform, less the formats whose compiled kernel fails its probe."""
-    from vllm_mixprec.routing.kernels import detect_platform
+    """The platform vLLM runs on, less the formats whose compiled kernel fails its probe.
 
-    platform = detect_platform()
+    Raises:
+        UnsupportedError: ``VLLM_MIXPREC_PLATFORM`` names another kind of device than vLLM uses.
+    """
+    platform = _vllm_platform()
     if platform.name != "cpu-avx512":
         return platform
+    problem = kernel_problem("bf16")
+    if problem is not None:
+        # Widened experts share a layer with packed ones through this kernel.
+        logger.warning("nothing is served packed: the bf16 kernel of this vLLM: %s", problem)
+        return Platform("cpu-other")
     failed = {}
     for format in _CPU_LINEAR:
         problem = kernel_problem(format)
@@ -141,3 +157,23 @@ def usable_platform() -> Platform:
             logger.warning("the %s kernel of this vLLM is not used: %s", format, problem)
             failed[format] = problem
     return platform.without(failed)
+
+
+def _vllm_platform() -> Platform:
+    """What vLLM computes on; ``detect_platform`` can only guess it from the machine."""
+    if current_platform.is_cuda():
+        capability = current_platform.get_device_capability()
+        family, found = "cuda", Platform(f"cuda-{capability.to_int() if capability else 0:02d}")
+    elif current_platform.is_cpu():
+        family, found = "cpu", Platform("cpu-other")
+    else:
+        family, found = "other", Platform("other")
+    named = detect_platform()
+    if named.name.startswith(family):
+        return named if family == "cpu" or os.environ.get(PLATFORM_VARIABLE) else found
+    if os.environ.get(PLATFORM_VARIABLE):
+        raise UnsupportedError(
+            f"{PLATFORM_VARIABLE} is {named.name!r}, but vLLM runs on {found.name!r}; the variable "
+            "is for `check`. Unset it"
+        )
+    return found

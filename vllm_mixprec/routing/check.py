@@ -74,12 +74,14 @@ def check(
     expert_parallel: bool = False,
     platform: Platform | None = None,
     progress: Progress | None = None,
+    dtype: str | None = None,
 ) -> Report:
     """Find everything that is wrong or notable about a plan; nothing is raised for its faults.
 
     Args:
         platform: whose kernels count; None for this machine.
         progress: told before each step.
+        dtype: format that the model computes in, such as "bf16"; None for the base's own.
 
     Raises:
         ValueError: a parallel size below 1.
@@ -109,7 +111,7 @@ def check(
     step("comparing routers", len(sources))
     compare_routers(plan, checkpoints, log)
     step("routing modules", len(sources) + 1)
-    table = build_table(plan, checkpoints, layout, platform, log)
+    table = build_table(plan, checkpoints, layout, platform, log, dtype)
     bytes_per_rank = _bytes_per_rank(table, checkpoints[plan.base], log)
     step("done", steps)
     return Report(log.findings(), bytes_per_rank, None if log.has_errors else table)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,12 +35,13 @@ __all__ = [
     "resolve",
 ]
 
+_PLAIN = {"bf16": Scheme("bf16", 16), "fp16": Scheme("fp16", 16), "fp32": Scheme("fp32", 32)}
 _TORCH_DTYPES = {
-    "bfloat16": Scheme("bf16", 16),
-    "float16": Scheme("fp16", 16),
-    "half": Scheme("fp16", 16),
-    "float32": Scheme("fp32", 32),
-    "float": Scheme("fp32", 32),
+    "bfloat16": _PLAIN["bf16"],
+    "float16": _PLAIN["fp16"],
+    "half": _PLAIN["fp16"],
+    "float32": _PLAIN["fp32"],
+    "float": _PLAIN["fp32"],
 }
 
 
@@ -91,6 +93,18 @@ class RouteTable:
                 "Use the base checkpoint's spelling."
             )
         return groups
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides which layers are built and how they compute.
+
+        Equal plans need not be equal models: a source can be replaced in place, and a kernel can
+        be missing on one machine.
+        """
+        digest = hashlib.sha256(repr((self.platform, self.layout, self.base_scheme)).encode())
+        for module, route in self.routes.items():
+            digest.update(repr((module, route.served, route.shape)).encode())
+        return digest.hexdigest()
 
     def bytes_by_source(self) -> dict[tuple[str, str], int]:
         """Return (source, stored format) -> bytes of the routed tensors in the files."""
@@ -159,13 +173,15 @@ def build_table(
     layout: Layout,
     platform: Platform,
     log: FindingLog,
+    dtype: str | None = None,
 ) -> RouteTable:
     """Route every module that can be routed; ``log`` takes errors and notes alike.
 
-    With errors in ``log`` the table is only good for counting bytes.
+    With errors in ``log`` the table is only good for counting bytes. ``dtype`` is as in
+    :func:`resolve`.
     """
     base = checkpoints[plan.base]
-    base_scheme = dtype_scheme(base.config, base.modules)
+    base_scheme = _PLAIN[dtype] if dtype else dtype_scheme(base.config, base.modules)
     dims = ModelDims.from_config(base.config)
     with _collector_paused():
         assignments = assign_sources(plan, checkpoints, log)
@@ -191,6 +207,7 @@ def resolve(
     checkpoints: Mapping[str, Checkpoint],
     layout: Layout | None = None,
     platform: Platform | None = None,
+    dtype: str | None = None,
 ) -> RouteTable:
     """Route every module of the base to its source; ``check`` lists every problem instead.
 
@@ -198,6 +215,7 @@ def resolve(
         checkpoints: the base and every source that a rule names, by the plan's names.
         layout: parallel sizes; None for one rank.
         platform: None for this machine.
+        dtype: format that the model computes in, such as "bf16"; None for the base's own.
 
     Raises:
         RouteError: the first thing that cannot be routed.
@@ -209,7 +227,8 @@ def resolve(
                 f"{', '.join(used_sources(plan))}. Open it, or call load_route_table."
             )
     log = FindingLog()
-    table = build_table(plan, checkpoints, layout or Layout(), platform or detect_platform(), log)
+    layout, platform = layout or Layout(), platform or detect_platform()
+    table = build_table(plan, checkpoints, layout, platform, log, dtype)
     for finding in log.findings():
         if finding.level == "error":
             raise RouteError(f"{finding.where}: {finding.message}")
@@ -227,7 +246,10 @@ def open_source(plan: Plan, name: str) -> Checkpoint:
 
 
 def load_route_table(
-    plan: Plan, layout: Layout | None = None, platform: Platform | None = None
+    plan: Plan,
+    layout: Layout | None = None,
+    platform: Platform | None = None,
+    dtype: str | None = None,
 ) -> RouteTable:
     """Open the checkpoints that a plan uses and resolve it.
 
@@ -235,4 +257,4 @@ def load_route_table(
         RouteError, CheckpointError, UnsupportedError: the first problem found.
     """
     checkpoints = {name: open_source(plan, name) for name in used_sources(plan)}
-    return resolve(plan, checkpoints, layout, platform)
+    return resolve(plan, checkpoints, layout, platform, dtype)
