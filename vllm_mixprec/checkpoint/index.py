@@ -65,7 +65,7 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
             "files. Correct the source's path."
         )
     config = _read_object(path / "config.json")
-    with _collector_paused():
+    with collector_paused():
         if (path / INDEX_FILE).exists():
             tensors, problems = _open_indexed(path)
         else:
@@ -113,7 +113,7 @@ def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | Non
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Pause the cyclic garbage collector: it would walk 100,000s of live specs many times."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -201,6 +201,8 @@ class MixPrecConfig(QuantizationConfig):
 
     def _base_prefix(self, prefix: str) -> str:
         """The base's name of a layer that is no module of its own, such as ``mlp.experts``."""
+        if prefix in self.table.expert_layers:
+            return prefix
         for name, module in self.base_names.items():
             if name.startswith(f"{prefix}."):
                 return module[: len(module) - len(name) + len(prefix)]

@@ -170,7 +170,9 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         install_expert_loader(layer, children)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Build the (2, experts) slot table; the children reorder their own weights."""
+        """Build the CPU op's (2, experts) slot table; the children reorder their own weights."""
+        if self.platform.family == "cuda":
+            return
         slots = torch.full((2, layer.global_num_experts), -1, dtype=torch.int32)
         for number, child in enumerate(self._children(layer)):
             expert_map = child.expert_map_manager.expert_map.to("cpu")

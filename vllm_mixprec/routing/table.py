@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_mixprec.checkpoint.formats import PLAIN_DTYPES, Module, Scheme
-from vllm_mixprec.checkpoint.index import Checkpoint, open_checkpoint, resolve_path
+from vllm_mixprec.checkpoint.index import (
+    Checkpoint,
+    collector_paused,
+    open_checkpoint,
+    resolve_path,
+)
 from vllm_mixprec.errors import RouteError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.assign import assign_sources, used_sources
@@ -183,23 +186,11 @@ def build_table(
     base = checkpoints[plan.base]
     base_scheme = _PLAIN[dtype] if dtype else dtype_scheme(base.config, base.modules)
     dims = ModelDims.from_config(base.config)
-    with _collector_paused():
+    with collector_paused():
         assignments = assign_sources(plan, checkpoints, log)
         routes = Widener(plan, base_scheme, dims, layout, platform, log).route(assignments)
         notes = tuple(finding for finding in log.findings() if finding.level != "error")
         return RouteTable(plan, base.config, base_scheme, layout, platform, routes, notes)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause the cyclic garbage collector: it would walk 100,000s of live routes many times."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def resolve(
