@@ -132,7 +132,7 @@ def measure(
 ) -> dict[str, float]:
     """Return milliseconds a decode step at batch 1 and 8, and a prefill of one prompt."""
     found = {}
-    generator = random.Random(seed)
+    generator = random.Random(f"prompts {seed}")  # Random(-1) would repeat Random(1)
     requests.run(llm, requests.prompts(generator, 1, 16), 4)  # wake the workers
     for batch in (1, 8):
         times = requests.run(llm, requests.prompts(generator, batch, 16), decode_tokens + 1)

@@ -85,9 +85,10 @@ def load_once(model: str, cold: bool) -> dict[str, Any]:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         watch = _AnonymousPeak()
         before, io_before = _memory(), _io()
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         loaded = loader.load_model(vllm_config=config, model_config=config.model_config)
         found["load_s"] = time.perf_counter() - begun
+        found["load_cpu_s"] = time.process_time() - cpu_begun
         io_after, after = _io(), _memory()
         anonymous = watch.stop()
         routed = None

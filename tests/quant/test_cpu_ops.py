@@ -25,14 +25,14 @@ def make_group(kernel, experts, seed):
     for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
         weight = torch.randn(experts, n, k, generator=generator) / k**0.5
         if kernel is ExpertKernel.BF16:
-            stored.append([weight.bfloat16()])
+            stored.append([cpu_ops.pack_plain(weight.bfloat16())])
             dense.append(weight.bfloat16().float())
         elif kernel is ExpertKernel.FP8_BLOCK:
             blocks = weight.view(experts, n // 128, 128, k // 128, 128)
             scale = blocks.abs().amax((2, 4)) / 448
             codes = (blocks / scale[:, :, None, :, None]).to(torch.float8_e4m3fn)
             dense.append((codes.float() * scale[:, :, None, :, None]).view(experts, n, k))
-            stored.append([codes.view(experts, n, k), scale])
+            stored.append([cpu_ops.pack_plain(codes.view(experts, n, k)), scale])
         else:
             groups = weight.view(experts, n, k // 64, 64)
             scale = groups.abs().amax(3) / 7
@@ -42,14 +42,9 @@ def make_group(kernel, experts, seed):
             words = sum(rows[:, :, i].long() << (4 * i) for i in range(8))
             words = torch.where(words >= 2**31, words - 2**32, words).int()
             zeros = torch.full((experts, k // 64, n // 8), 0x77777777, dtype=torch.int32)
-            stored.append([words, scale.mT.contiguous(), zeros])
+            stored.append([*cpu_ops.pack_int4(words, scale.mT, zeros)])
     tensors = [tensor for pair in zip(*stored, strict=True) for tensor in pair]
-    pack = {
-        ExpertKernel.BF16: cpu_ops.pack_bf16,
-        ExpertKernel.FP8_BLOCK: cpu_ops.pack_fp8,
-        ExpertKernel.INT4: cpu_ops.pack_int4,
-    }[kernel]
-    return dense[0], dense[1], pack(*tensors)
+    return dense[0], dense[1], tensors
 
 
 def expected_output(x, weights, ids, experts):
@@ -74,10 +69,11 @@ def test_probe_trusts_every_kernel_here(kernel):
     assert cpu_ops.probe(kernel) is None
 
 
-def test_probe_reports_a_kernel_that_is_wrong(monkeypatch):
-    right = cpu_ops._run
-    monkeypatch.setattr(cpu_ops, "_run", lambda *args: right(*args) * 0.5)
-    assert "off by" in cpu_ops._probe(ExpertKernel.BF16)
+@pytest.mark.parametrize("part", ["_run", "int4_linear"])
+def test_probe_reports_a_kernel_that_is_wrong(monkeypatch, part):
+    right = getattr(cpu_ops, part)
+    monkeypatch.setattr(cpu_ops, part, lambda *args: right(*args) * 0.5)
+    assert "off by 0.5" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4)
 
 
 def test_probe_reports_a_kernel_that_is_missing(monkeypatch):
@@ -85,7 +81,7 @@ def test_probe_reports_a_kernel_that_is_missing(monkeypatch):
         raise AttributeError("'_OpNamespace' '_C' object has no attribute 'fused_experts_cpu'")
 
     monkeypatch.setattr(cpu_ops, "_run", missing)
-    assert "raised AttributeError" in cpu_ops._probe(ExpertKernel.BF16)
+    assert "raised AttributeError" in cpu_ops.probe.__wrapped__(ExpertKernel.BF16)
 
 
 @pytest.mark.parametrize("kernel", ExpertKernel)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module, Parameter
-from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -30,11 +29,11 @@ from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant.cpu_ops import (
     ExpertKernel,
+    fp8_linear,
+    int4_linear,
     mixed_experts,
-    pack_bf16,
-    pack_fp8,
     pack_int4,
-    pack_int4_linear,
+    pack_plain,
 )
 
 if TYPE_CHECKING:
@@ -111,20 +110,12 @@ class CpuFp8LinearMethod(_CpuLinearMethod):
         self._finish(
             layer,
             ("weight", "weight_scale_inv"),
-            weight=torch.ops._C.convert_weight_packed(layer.weight.data),
+            weight=pack_plain(layer.weight.data),
             weight_scale_inv=layer.weight_scale_inv.data.contiguous(),
         )
 
     def _matmul(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops._C.fp8_scaled_mm_cpu(
-            x.contiguous(),
-            layer.weight,
-            layer.weight_scale_inv,
-            list(self.scheme.block),
-            None,
-            x.dtype,
-            True,
-        )
+        return fp8_linear(x, layer.weight, layer.weight_scale_inv, list(self.scheme.block))
 
 
 @register_weight_loader_v2_supported_method
@@ -179,15 +170,13 @@ class CpuInt4LinearMethod(_CpuLinearMethod):
 
     def process_weights_after_loading(self, layer: Module) -> None:
         zeros = _gptq_v1_zeros(self.scheme, layer.qzeros.data)
-        weight, zero, scale = pack_int4_linear(layer.qweight.data, layer.scales.data, zeros)
+        weight, scale, zero = pack_int4(layer.qweight.data, layer.scales.data, zeros)
         self._finish(
             layer, ("qweight", "qzeros", "scales"), qweight=weight, qzeros=zero, scales=scale
         )
 
     def _matmul(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
-        return ops.int4_scaled_mm_cpu(
-            x.contiguous(), layer.qweight, layer.qzeros, layer.scales, None
-        )
+        return int4_linear(x, layer.qweight, layer.scales, layer.qzeros)
 
 
 def _gptq_v1_zeros(scheme: Scheme, zeros: torch.Tensor) -> torch.Tensor:
@@ -262,12 +251,16 @@ class CpuExpertsMethod(FusedMoEMethodBase):
             layer.register_buffer(
                 "expert_slots", torch.stack([group, expert_map]), persistent=False
             )
-        packed = self.pack(*(getattr(layer, name).data for name in self.names))
-        for name, tensor in zip(self.names, packed, strict=True):
-            delattr(layer, name)
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        # w13 is replaced before w2 is packed: two copies of both would be the peak of loading.
+        for part in ("w13", "w2"):
+            names = [name for name in self.names if name.startswith(part)]
+            packed = self.pack(*(getattr(layer, name).data for name in names))
+            for name, tensor in zip(names, packed, strict=True):
+                delattr(layer, name)
+                layer.register_parameter(name, Parameter(tensor, requires_grad=False))
 
-    def pack(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def pack(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Reorder one weight, its scales and its zero points, as :attr:`names` orders them."""
         raise NotImplementedError
 
 
@@ -300,8 +293,8 @@ class CpuBf16ExpertsMethod(CpuExpertsMethod):
         _expert_parameter(layer, "w13_weight", w13, params_dtype, attributes)
         _expert_parameter(layer, "w2_weight", w2, params_dtype, attributes)
 
-    def pack(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return pack_bf16(*tensors)
+    def pack(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (pack_plain(weight),)
 
 
 class CpuFp8ExpertsMethod(CpuExpertsMethod):
@@ -330,8 +323,8 @@ class CpuFp8ExpertsMethod(CpuExpertsMethod):
             shape = (num_experts, -(-rows // block_n), -(-columns // block_k))
             _expert_parameter(layer, f"{name}_weight_scale_inv", shape, torch.float32, scales)
 
-    def pack(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        return pack_fp8(*tensors)
+    def pack(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return pack_plain(weight), scale.contiguous()
 
 
 class CpuInt4ExpertsMethod(CpuExpertsMethod):
@@ -365,7 +358,7 @@ class CpuInt4ExpertsMethod(CpuExpertsMethod):
             shape = (num_experts, groups, columns // 8)
             _expert_parameter(layer, f"{name}_qzeros", shape, torch.int32, attributes)
 
-    def pack(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        w13, w2, s13, s2, z13, z2 = tensors
-        zeros = (_gptq_v1_zeros(self.scheme, z) for z in (z13, z2))
-        return pack_int4(w13, w2, s13, s2, *zeros)
+    def pack(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return pack_int4(weight, scale, _gptq_v1_zeros(self.scheme, zero))

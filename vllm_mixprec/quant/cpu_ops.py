@@ -30,43 +30,37 @@ class ExpertKernel(IntEnum):
 _TENSORS: dict[int, int] = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, ExpertKernel.INT4: 6}
 
 
-def pack_bf16(w13: torch.Tensor, w2: torch.Tensor) -> list[torch.Tensor]:
-    """Reorder bf16 weights (E, 2I, H) and (E, H, I) for the kernel; shapes stay."""
-    return [torch.ops._C.convert_weight_packed(w13), torch.ops._C.convert_weight_packed(w2)]
-
-
-def pack_fp8(
-    w13: torch.Tensor, w2: torch.Tensor, w13_scale: torch.Tensor, w2_scale: torch.Tensor
-) -> list[torch.Tensor]:
-    """Reorder E4M3 weights; scales are float32 (E, N / block_n, K / block_k)."""
-    return [*pack_bf16(w13, w2), w13_scale.contiguous(), w2_scale.contiguous()]
+def pack_plain(weight: torch.Tensor) -> torch.Tensor:
+    """Reorder bf16 or E4M3 weights, (N, K) or (experts, N, K), for the kernel; the shape stays."""
+    return torch.ops._C.convert_weight_packed(weight)
 
 
 def pack_int4(
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2_scale: torch.Tensor,
-    w13_zero: torch.Tensor,
-    w2_zero: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Block GPTQ v1 tensors for the kernel; scales become float32, zero points int8.
-
-    ``w13`` (E, H / 8, 2I) int32, ``w13_scale`` (E, H / g, 2I), ``w13_zero`` (E, H / g, 2I / 8)
-    int32 holding zero point - 1; ``w2`` likewise with K = I and N = H.
-    """
-    w13, z13, s13 = pack_int4_linear(w13, w13_scale, w13_zero)
-    w2, z2, s2 = pack_int4_linear(w2, w2_scale, w2_zero)
-    return [w13, w2, s13, s2, z13, z2]
-
-
-def pack_int4_linear(
     weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the blocked (weight uint8, zero int8, scale float32) of GPTQ v1 tensors."""
-    return ops.convert_weight_packed_scale_zp(
+    """Block GPTQ v1 tensors, of one linear or, with a leading dimension, of experts.
+
+    ``weight`` (K / 8, N) int32, ``scale`` (K / g, N), ``zero`` (K / g, N / 8) int32 holding zero
+    point - 1. Returns the blocked weight uint8, scale float32 and zero point int8.
+    """
+    weight, zero, scale = ops.convert_weight_packed_scale_zp(
         weight.contiguous(), zero.contiguous(), scale.float().contiguous(), ops.CPUQuantAlgo.GPTQ
     )
+    return weight, scale, zero
+
+
+def fp8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: list[int]
+) -> torch.Tensor:
+    """Multiply (M, K) bfloat16 by a packed E4M3 weight (N, K) with its block scales: (M, N)."""
+    return torch.ops._C.fp8_scaled_mm_cpu(x.contiguous(), weight, scale, block, None, x.dtype, True)
+
+
+def int4_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> torch.Tensor:
+    """Multiply (M, K) bfloat16 by a blocked int4 weight: (M, N)."""
+    return ops.int4_scaled_mm_cpu(x.contiguous(), weight, zero, scale, None)
 
 
 def _run(
@@ -221,62 +215,75 @@ def probe(kernel: ExpertKernel) -> str | None:
     """
     # A worker calls this while it builds the model, under the model's default dtype and device.
     with set_default_torch_dtype(torch.float32), torch.device("cpu"):
-        return _probe(kernel)
-
-
-def _probe(kernel: ExpertKernel) -> str | None:
-    generator = torch.Generator().manual_seed(0)
-    hidden, inner, group = 256, 128, 64
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    x = random(3, hidden).bfloat16()
-    ids = torch.tensor([[0, 1], [1, 0], [1, 0]], dtype=torch.int32)
-    weights = torch.rand(3, 2, generator=generator)
-    dense: list[torch.Tensor] = []
-    packed: list[list[torch.Tensor]] = []
-    for n, k in ((2 * inner, hidden), (hidden, inner)):
-        if kernel is ExpertKernel.BF16:
-            weight = (random(2, n, k) / k**0.5).bfloat16()
-            dense.append(weight.float())
-            packed.append([weight])
-        elif kernel is ExpertKernel.FP8_BLOCK:
-            weight = (random(2, n, k) * 8).to(torch.float8_e4m3fn)
-            scale = torch.rand(2, n // 128, k // 128, generator=generator) / (8 * k**0.5)
-            wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
-            dense.append(weight.float() * wide)
-            packed.append([weight, scale])
-        else:
-            codes = torch.randint(0, 16, (2, k, n), generator=generator)
-            zeros = torch.randint(1, 17, (2, k // group, n), generator=generator)
-            scale = torch.rand(2, k // group, n, generator=generator) / (6 * k**0.5)
-            centred = codes - zeros.repeat_interleave(group, 1)
-            dense.append((centred * scale.repeat_interleave(group, 1)).mT.contiguous())
-            shifts = torch.arange(0, 32, 4)
-            words = (codes.view(2, k // 8, 8, n) << shifts[:, None]).sum(2)
-            zero_words = ((zeros - 1).view(2, k // group, n // 8, 8) << shifts).sum(3)
-            packed.append([words.to(torch.int32), scale, zero_words.to(torch.int32)])
-    pairs = [tensor for pair in zip(*packed, strict=True) for tensor in pair]
-    pack = {
-        ExpertKernel.BF16: pack_bf16,
-        ExpertKernel.FP8_BLOCK: pack_fp8,
-        ExpertKernel.INT4: pack_int4,
-    }[kernel]
-    block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
-    try:
-        out = mixed_experts(x, weights, ids, None, pack(*pairs), [kernel], block)
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        return f"its probe raised {type(error).__name__}: {str(error).splitlines()[0]}"
-    expected = torch.zeros(3, hidden)
-    for token in range(3):
-        for choice, expert in enumerate(ids[token].tolist()):
-            gate, up = (dense[0][expert] @ x[token].float()).chunk(2)
-            act = torch.nn.functional.silu(gate) * up
-            expected[token] += weights[token, choice] * (dense[1][expert] @ act)
-    error = ((out.float() - expected).norm() / expected.norm()).item()
+        try:
+            error = _probe(kernel)
+        except (RuntimeError, AttributeError, NotImplementedError) as problem:
+            return f"its probe raised {type(problem).__name__}: {str(problem).splitlines()[0]}"
     # int8 activations cost the int4 kernel about 0.02, rounding to bf16 the others 0.004; a wrong
     # layout, sign or scale is off by 0.3 and more.
     if not error < 0.06:
         return f"its probe is off by {error:.3f} of the result's norm (at most 0.06)"
     return None
+
+
+def _probe(kernel: ExpertKernel) -> float:
+    """Return the larger relative error of the expert and the linear kernel."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner = 256, 128
+    x = torch.randn(3, hidden, generator=generator).bfloat16()
+    ids = torch.tensor([[0, 1], [1, 0], [1, 0]], dtype=torch.int32)
+    weights = torch.rand(3, 2, generator=generator)
+    w13, stored13 = _probe_weights(kernel, 2 * inner, hidden, generator)
+    w2, stored2 = _probe_weights(kernel, hidden, inner, generator)
+    packed = zip(_pack(kernel, stored13), _pack(kernel, stored2), strict=True)
+    block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
+    tensors = [tensor for pair in packed for tensor in pair]
+    out = mixed_experts(x, weights, ids, None, tensors, [kernel], block)
+    expected = torch.zeros(3, hidden)
+    for token in range(3):
+        for choice, expert in enumerate(ids[token].tolist()):
+            gate, up = (w13[expert] @ x[token].float()).chunk(2)
+            act = torch.nn.functional.silu(gate) * up
+            expected[token] += weights[token, choice] * (w2[expert] @ act)
+    error = ((out.float() - expected).norm() / expected.norm()).item()
+    if kernel is ExpertKernel.BF16:  # vLLM's own linear serves bf16
+        return error
+    linear = _pack(kernel, [tensor[0] for tensor in stored13])
+    out = (
+        fp8_linear(x, *linear, block)
+        if kernel is ExpertKernel.FP8_BLOCK
+        else int4_linear(x, *linear)
+    )
+    expected = x.float() @ w13[0].T
+    return max(error, ((out.float() - expected).norm() / expected.norm()).item())
+
+
+def _pack(kernel: ExpertKernel, stored: list[torch.Tensor]) -> list[torch.Tensor]:
+    if kernel is ExpertKernel.INT4:
+        return list(pack_int4(*stored))
+    return [pack_plain(stored[0]), *stored[1:]]
+
+
+def _probe_weights(
+    kernel: ExpertKernel, n: int, k: int, generator: torch.Generator
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return two experts' float32 weights (2, n, k) and the tensors a checkpoint holds of them."""
+    weight = torch.randn(2, n, k, generator=generator)
+    if kernel is ExpertKernel.BF16:
+        weight = (weight / k**0.5).bfloat16()
+        return weight.float(), [weight]
+    if kernel is ExpertKernel.FP8_BLOCK:
+        weight = (weight * 8).to(torch.float8_e4m3fn)
+        scale = torch.rand(2, n // 128, k // 128, generator=generator) / (8 * k**0.5)
+        wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+        return weight.float() * wide, [weight, scale]
+    group = 64
+    codes = torch.randint(0, 16, (2, k, n), generator=generator)
+    zeros = torch.randint(1, 17, (2, k // group, n), generator=generator)
+    scale = torch.rand(2, k // group, n, generator=generator) / (6 * k**0.5)
+    centred = codes - zeros.repeat_interleave(group, 1)
+    dense = (centred * scale.repeat_interleave(group, 1)).mT.contiguous()
+    shifts = torch.arange(0, 32, 4)
+    words = (codes.view(2, k // 8, 8, n) << shifts[:, None]).sum(2)
+    zero_words = ((zeros - 1).view(2, k // group, n // 8, 8) << shifts).sum(3)
+    return dense, [words.int(), scale, zero_words.int()]
