@@ -292,7 +292,7 @@ def _keys(location: _Location) -> list[str]:
     """Return the keys that the mapping has in which ``location`` names a key."""
     match location[:-1]:
         case ():
-            return list(Plan.model_fields)
+            return [*Plan.model_fields, "weight_mapping"]  # read in place of rules
         case ("sources", _):
             return list(Source.model_fields)
         case ("rules", _):
