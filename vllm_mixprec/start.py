@@ -2,18 +2,47 @@
 """What happens in vLLM's front end before a mixed model's engine starts."""
 
 from dataclasses import replace
+from pathlib import Path
 
-from vllm.config import VllmConfig
+from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm_mixprec.errors import PlanError, UnsupportedError
+from vllm_mixprec.models.dsa import (
+    ARCHITECTURES_KEY,
+    DENSE,
+    has_sparse_attention,
+    serve_dense,
+)
+from vllm_mixprec.patches.indexer_types import spell_pattern
 from vllm_mixprec.plan import Plan
-from vllm_mixprec.quant.config import LOAD_FORMAT, dtype_of, layout_of, plan_path
+from vllm_mixprec.quant.config import (
+    LOAD_FORMAT,
+    METHOD,
+    OVERRIDE_KEY,
+    dtype_of,
+    is_own_draft,
+    layout_of,
+    plan_path,
+)
 from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import check
 from vllm_mixprec.routing.sources import config_differences
 
 logger = init_logger("vllm.mixprec")
+
+
+def prepare_model(model_config: ModelConfig) -> None:
+    """Adapt the config of a DSA model, mixed or not, before vLLM derives anything from it.
+
+    Raises:
+        UnsupportedError: more context is asked for than can be served here.
+    """
+    if model_config.architecture not in DENSE:
+        return
+    spell_pattern(model_config.hf_config)
+    if not has_sparse_attention():
+        serve_dense(model_config)
 
 
 def prepare(vllm_config: VllmConfig) -> None:
@@ -32,6 +61,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         tensor_parallel_size=layout.tensor_parallel_size,
         pipeline_parallel_size=layout.pipeline_parallel_size,
         expert_parallel=layout.expert_parallel,
+        draft=layout.draft,
         platform=usable_platform(),
         dtype=dtype_of(vllm_config),
     )
@@ -41,6 +71,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     assert report.table is not None
     # --hf-overrides can name a plan for another model than the one that is served.
     served = model_config.hf_config.to_dict()
+    served["architectures"] = served.get(ARCHITECTURES_KEY, served.get("architectures"))
     differences = config_differences(report.table.base_config, served)
     if differences:
         raise PlanError(
@@ -55,16 +86,27 @@ def prepare(vllm_config: VllmConfig) -> None:
             f"--load-format {load_config.load_format} with a mixed model; expected {LOAD_FORMAT}, "
             "which reads each tensor from the source the plan names. Leave the flag out"
         )
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.draft_load_config is None:
-        # Else the draft, another checkpoint, would be loaded through the target's plan.
-        speculative.draft_load_config = replace(load_config, load_format="auto")
+    _prepare_draft(vllm_config.speculative_config, load_config, path)
     load_config.load_format = LOAD_FORMAT
     # The formats decide what is compiled, so they belong in the key of vLLM's compile cache.
     vllm_config.additional_config = {
         **(vllm_config.additional_config or {}),
         "mixprec_routes_sha256": report.table.fingerprint,
     }
+
+
+def _prepare_draft(
+    speculative: SpeculativeConfig | None, load_config: LoadConfig, plan: Path
+) -> None:
+    """Have a draft load: the model's own MTP layers through the plan, another checkpoint not."""
+    if speculative is None or speculative.draft_model_config is None:
+        return
+    if is_own_draft(speculative):
+        draft = speculative.draft_model_config
+        draft.quantization = METHOD
+        setattr(draft.hf_config, OVERRIDE_KEY, str(plan))
+    elif speculative.draft_load_config is None:
+        speculative.draft_load_config = replace(load_config, load_format="auto")
 
 
 def _refuse_parallelism(vllm_config: VllmConfig) -> None:

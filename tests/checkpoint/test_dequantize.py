@@ -8,14 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.checkpoint.formats.stored import Float32, define_fp8
 from vllm_mixprec.checkpoint import FORMATS, Scheme, open_checkpoint
 from vllm_mixprec.checkpoint.dequantize import DEQUANTIZERS, dequantize
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "random-moe"
 """Written by transformers (bf16) and auto-round (the others), never by this package."""
-
-Float32 = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 def load(checkpoint: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -35,24 +34,8 @@ def quantized(checkpoint: str) -> list[tuple[str, Scheme, dict[str, torch.Tensor
     return [(m.name, m.scheme, tensors[m.name]) for m in found if m.scheme.is_quantized]
 
 
-def decode_e4m3(codes: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Float32:
-    """Decode FP8 E4M3 by its definition: sign, 4 exponent bits with bias 7, 3 mantissa bits."""
-    table = np.empty(256, dtype=np.float32)
-    for code in range(256):
-        exponent, mantissa = (code >> 3) & 15, code & 7
-        value = (1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa * 2.0**-9
-        if exponent == 15 and mantissa == 7:
-            value = np.nan
-        table[code] = -value if code >> 7 else value
-    return table[codes]
-
-
-def define_fp8_block(tensors: dict[str, torch.Tensor], block: tuple[int, int]) -> Float32:
-    """Weight [i, j] is its code's value times scale [i // bn, j // bk], in float32."""
-    weight = decode_e4m3(tensors["weight"].view(torch.uint8).numpy())
-    scale = tensors["weight_scale_inv"].float().numpy()
-    rows, columns = np.indices(weight.shape)
-    return weight * scale[rows // block[0], columns // block[1]]
+def scales_of(tensors: dict[str, torch.Tensor]) -> Float32:
+    return tensors["weight_scale_inv"].float().numpy()
 
 
 def define_gptq(tensors: dict[str, torch.Tensor], bits: int, zero_offset: int = 1) -> Float32:
@@ -78,7 +61,7 @@ def original() -> dict[str, dict[str, torch.Tensor]]:
 
 def test_fp8_block_is_its_definition() -> None:
     for _, scheme, tensors in quantized("fp8"):
-        expected = define_fp8_block(tensors, (128, 128))
+        expected = define_fp8(tensors["weight"], scales_of(tensors), (128, 128))
         assert np.array_equal(dequantize(scheme, tensors, torch.float32).numpy(), expected)
 
 
@@ -142,7 +125,7 @@ def test_last_blocks_may_be_partial(block: tuple[int, int]) -> None:
         "weight_scale_inv": torch.rand(-(-n // block[0]), -(-k // block[1])),
     }
     result = dequantize(Scheme("fp8_block", 8, block=block), tensors, torch.float32)
-    assert np.array_equal(result.numpy(), define_fp8_block(tensors, block))
+    assert np.array_equal(result.numpy(), define_fp8(tensors["weight"], scales_of(tensors), block))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -224,7 +207,7 @@ def test_g_idx_outside_of_the_groups_is_an_error(value: int) -> None:
 @pytest.mark.parametrize(
     ("scheme", "match"),
     [
-        (Scheme("awq", 4), 'format "awq" cannot be dequantised, expected one of bf16'),
+        (Scheme("hqq", 4), 'format "hqq" cannot be dequantised, expected one of bf16'),
         (Scheme("gptq", 3, group_size=128), "gptq of 3 bits"),
         (Scheme("gptq", 4), "group_size None"),
         (Scheme("fp8_block", 8), "fp8_block with block None"),

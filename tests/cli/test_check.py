@@ -34,6 +34,14 @@ def test_long_options_are_the_short_ones(run, mixed_plan):
     assert spelt.json == short.json
 
 
+def test_mtp_asks_for_the_draft(run, mixed_plan):
+    assert run("check", mixed_plan, "--json").json["draft"] is False
+    result = run("check", mixed_plan, "--mtp", "--json")
+    assert result.json["draft"] is True
+    assert [finding["code"] for finding in result.json["findings"]] == ["mtp-missing"]
+    assert result.code == 1
+
+
 def test_every_finding_at_once_with_place_found_expected_and_remedy(run, write_plan):
     plan = write_plan(
         ("model.layers.*.self_atn.q_proj", "fp8"),

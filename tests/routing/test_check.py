@@ -84,7 +84,7 @@ def test_unknown_format(models: Path) -> None:
 
     edit_tensors(models / "gptq" / "model.safetensors", to_packed)
     plan = make_plan(("**.experts.0", "gptq"), folder=models)
-    expect_error(check_here(plan), "source-unsupported", "source 'gptq'", "pack-quantized")
+    expect_error(check_here(plan), "source-unsupported", "source 'gptq'", "0.up_proj")
 
 
 def test_source_of_another_architecture(models: Path) -> None:
@@ -105,6 +105,30 @@ def test_source_of_other_sizes(models: Path) -> None:
         "hidden_size is 512, expected 256",
         "number of experts is 16, expected 8",
     )
+
+
+def test_what_another_model_lacks_is_not_listed(models: Path) -> None:
+    edit_json(models / "fp8" / "config.json", architectures=["LlamaForCausalLM"])
+    edit_tensors(models / "fp8" / "model.safetensors", lambda tensors: tensors.clear())
+    edit_tensors(
+        models / "fp8" / "model.safetensors", lambda t: t.update({"x.weight": ("BF16", [1], b"00")})
+    )
+    report = check_here(make_plan(("**.experts.0", "fp8"), folder=models))
+    assert [finding.code for finding in report.findings] == ["architecture-mismatch"]
+
+
+@pytest.mark.parametrize("key", ["kv_lora_rank", "n_group", "index_topk", "first_k_dense_replace"])
+def test_source_of_other_sizes_of_deepseek(models: Path, key: str) -> None:
+    for source, size in (("bf16", 4), ("fp8", 2)):
+        edit_json(models / source / "config.json", **{key: size})
+    report = check_here(make_plan(("**.experts.0", "fp8"), folder=models))
+    assert f"{key} is 2, expected 4" in only(report, "architecture-mismatch").message
+
+
+def test_head_dim_of_a_model_with_mla_is_not_compared(models: Path) -> None:
+    for source, size in (("bf16", 64), ("fp8", 192)):
+        edit_json(models / source / "config.json", head_dim=size, kv_lora_rank=4)
+    assert check_here(make_plan(("**.experts.0", "fp8"), folder=models)).ok
 
 
 def test_unused_missing_source_is_only_a_warning(tmp_path: Path, models: Path) -> None:
@@ -269,6 +293,18 @@ def test_scales_of_the_wrong_count(models: Path) -> None:
     edit_tensors(models / "gptq" / "model.safetensors", cut)
     report = check_here(make_plan(("**.experts.0", "gptq"), folder=models))
     expect_error(report, "module-tensors", name, "[1, 128]", "[1, 256]")
+
+
+def test_scales_of_the_wrong_layout(models: Path) -> None:
+    name = f"{EXPERTS}.0.up_proj.weight_scale_inv"
+
+    def transpose(tensors: dict[str, Tensor]) -> None:
+        dtype, shape, data = tensors[name]
+        tensors[name] = (dtype, shape[::-1], data)
+
+    edit_tensors(models / "fp8" / "model.safetensors", transpose)
+    report = check_here(make_plan(("**.experts.0", "fp8"), folder=models))
+    expect_error(report, "module-tensors", name, "[2, 1]", "[1, 2]")
 
 
 def test_scales_of_the_wrong_dtype(models: Path) -> None:

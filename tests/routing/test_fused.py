@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from vllm_mixprec.routing.fused import Unit, group_units, parse_expert
+from vllm_mixprec.routing.fused import Unit, group_units, parse_expert, unquantized_reason
 
 
 def test_siblings_of_a_fused_layer_are_one_unit_in_stacking_order() -> None:
@@ -56,3 +56,34 @@ def test_same_leaf_under_other_parents_is_not_fused() -> None:
 )
 def test_other_modules_are_no_experts(name: str) -> None:
     assert parse_expert(name) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        ("model.layers.0.self_attn.indexer.wk", "the indexer's fused wk and weights_proj"),
+        ("model.layers.0.self_attn.indexer.weights_proj", "the indexer's fused wk"),
+        ("model.layers.78.eh_proj", "the MTP layer's eh_proj"),
+        ("model.layers.3.mlp.gate", "a router"),
+        ("model.layers.0.block_sparse_moe.gate", "a router"),
+        ("model.layers.0.mlp.shared_expert_gate", "the gate of a shared expert"),
+        ("model.layers.78.shared_head.head", "the output head"),
+        ("lm_head", "the output head"),
+        ("model.embed_tokens", "the embeddings"),
+    ],
+)
+def test_modules_that_vllm_never_packs_are_named(module: str, what: str) -> None:
+    assert str(unquantized_reason(module)).startswith(f"vLLM holds {what}")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model.layers.0.self_attn.indexer.wq_b",
+        "model.layers.0.self_attn.wk",
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.block.head",
+    ],
+)
+def test_modules_that_vllm_packs_have_no_reason(module: str) -> None:
+    assert unquantized_reason(module) is None

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import pytest
 
 from vllm_mixprec.checkpoint.formats import Scheme
@@ -9,6 +11,15 @@ CPU, CUDA = Platform("cpu-avx512"), Platform("cuda-90")
 BF16 = Scheme("bf16", 16)
 FP8 = Scheme("fp8_block", 8, block=(128, 128))
 INT4 = Scheme("gptq", 4, group_size=128)
+UNSERVED = [
+    Scheme("awq", 4, group_size=128, symmetric=False, zero_offset=0),
+    Scheme("ct_pack", 4, group_size=128, zero_offset=0),
+    Scheme("ct_fp8", 8, granularity="channel"),
+    Scheme("ct_fp8", 8, granularity="tensor"),
+    Scheme("ct_fp8", 8, block=(1, 32), scale_format="e8m0"),
+    Scheme("fp8_channel", 8),
+    Scheme("fp8_tensor", 8),
+]
 
 
 @pytest.mark.parametrize("platform", ["cpu-avx512", "cpu-other", "cuda-75", "cuda-90", "other"])
@@ -28,6 +39,8 @@ def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -
     [
         (CPU, Scheme("fp8_block", 8, block=(128, 64)), (256, 256), "not 128x64"),
         (CPU, Scheme("fp8_block", 8, block=(16, 128)), (256, 256), "not 16x128"),
+        (CPU, replace(FP8, scale_format="e8m0"), (256, 256), "float scales, not e8m0"),
+        (CUDA, replace(FP8, scale_format="e8m0"), (256, 256), "float scales, not e8m0"),
         (CPU, FP8, (264, 256), "N=264"),
         (CPU, FP8, (256, 192), "K=192"),
         (CPU, Scheme("gptq", 8, group_size=128), (256, 256), "4 bits, not 8"),
@@ -51,6 +64,12 @@ def test_unsupported_weight_is_explained(
     found = missing_kernel(platform, scheme, "linear", shape)
     assert found is not None
     assert reason in found
+
+
+@pytest.mark.parametrize("scheme", UNSERVED, ids=lambda scheme: scheme.label)
+def test_formats_without_a_kernel_are_named(scheme: Scheme) -> None:
+    found = missing_kernel(CPU, scheme, "experts", (512, 1024))
+    assert found == f"no {scheme.format} kernel on cpu-avx512"
 
 
 def test_one_group_over_all_of_k_is_a_marlin_group_size() -> None:

@@ -125,5 +125,43 @@ def test_tied_embeddings_are_on_first_and_last_stage() -> None:
     assert placement.stages("lm_head") == ()
 
 
-def test_next_token_predictor_layers_are_not_loaded() -> None:
-    assert Placement(Layout(), DIMS).stages("model.layers.4.eh_proj") == ()
+MTP = ModelDims(4, 8, 2, 16, tied_embeddings=False, num_mtp_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "target", "draft"),
+    [
+        ("model.layers.4.eh_proj", (), (1,)),
+        ("model.layers.4.mlp.experts.3.up_proj", (), (1,)),
+        ("mtp.layers.0.self_attn.q_proj", (), (1,)),
+        ("model.layers.4.embed_tokens", (), ()),  # vLLM puts the model's own in their place
+        ("model.layers.4.shared_head.head", (), ()),
+        ("model.layers.5.eh_proj", (), ()),  # beyond what the config promises
+        ("model.embed_tokens", (0,), (0, 1)),
+        ("lm_head", (1,), (1,)),
+    ],
+)
+def test_draft_is_on_the_last_stage(
+    module: str, target: tuple[int, ...], draft: tuple[int, ...]
+) -> None:
+    for with_draft, expected in ((False, target), (True, draft)):
+        layout = Layout(pipeline_parallel_size=2, draft=with_draft)
+        assert Placement(layout, MTP).stages(module) == expected
+
+
+def test_draft_on_the_only_stage_shares_the_embeddings() -> None:
+    assert Placement(Layout(draft=True), MTP).stages("model.embed_tokens") == (0,)
+
+
+def test_indexers_that_vllm_does_not_build_are_on_no_stage() -> None:
+    dims = ModelDims(4, 8, 2, 16, tied_embeddings=False, indexer_layers=frozenset({0, 1, 3}))
+    placement = Placement(Layout(pipeline_parallel_size=2), dims)
+    indexers = [placement.stages(f"model.layers.{i}.self_attn.indexer.wk") for i in range(4)]
+    assert indexers == [(0,), (0,), (), (1,)]
+    assert placement.stages("model.layers.2.self_attn.o_proj") == (1,)
+
+
+def test_towers_are_not_cut_with_the_layers() -> None:
+    placement = Placement(Layout(pipeline_parallel_size=2), DIMS)
+    assert placement.stages("vision_tower.encoder.layers.3.mlp.fc1") == (0,)
+    assert placement.stages("model.visual.merger.norm") == (0,)

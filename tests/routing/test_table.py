@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.routing.models import CPU, FIXTURES, edit_json, edit_tensors, make_plan
+from tests.routing.test_kernels import UNSERVED
 from vllm_mixprec.checkpoint import Checkpoint, Module, Scheme, TensorSpec, open_checkpoint
 from vllm_mixprec.errors import CheckpointError, RouteError
 from vllm_mixprec.plan import Plan
@@ -18,6 +19,7 @@ FP8 = Scheme("fp8_block", 8, block=(128, 128))
 INT4 = Scheme("gptq", 4, group_size=128)
 ATTENTION = "model.layers.0.self_attn"
 EXPERTS = "model.layers.0.mlp.experts"
+ROUTER = "model.layers.0.mlp.gate"
 
 
 def load_here(*rules: tuple[str, str], layout: Layout | None = None, **options: str) -> RouteTable:
@@ -164,6 +166,26 @@ def test_groups_over_all_of_k_are_one_scheme_for_projections_of_unlike_k() -> No
     assert not any(route.widened for route in table.routes.values())
 
 
+@pytest.mark.parametrize("scheme", UNSERVED, ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("tp_size", [1, 4])
+def test_formats_without_a_kernel_are_widened(scheme: Scheme, tp_size: int) -> None:
+    modules = {}
+    for leaf, shape in {
+        "gate_proj": (128, 256),
+        "up_proj": (128, 256),
+        "down_proj": (256, 128),
+    }.items():
+        name = f"{EXPERTS}.0.{leaf}"
+        tensors = {"weight": TensorSpec(f"{name}.weight", "U8", shape, Path("x"), 0, 128 * 256)}
+        modules[name] = Module(name, tensors, scheme, shape, ())
+    base = Checkpoint("base", Path("."), {"dtype": "bfloat16"}, {}, modules, ())
+    plan = Plan.from_dict({"version": 1, "base": "base", "sources": {"base": {"path": "."}}})
+    table = resolve(plan, {"base": base}, Layout(tp_size), CPU)
+    assert table.expert_groups(EXPERTS) == (ExpertGroup(BF16, (0,)),)
+    assert all(route.widened for route in table.routes.values())
+    assert table.bytes_per_rank() == (3 * 2 * 128 * 256 // tp_size,) * tp_size
+
+
 def test_unknown_expert_layer_is_an_error() -> None:
     with pytest.raises(RouteError, match="model.layers.9.mlp.experts: no layer of routed experts"):
         load_here().expert_groups("model.layers.9.mlp.experts")
@@ -231,8 +253,10 @@ def test_part_that_ends_inside_a_block_widens_its_fused_layer(models: Path) -> N
 # The table itself.
 
 
-@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
-def test_packed_vocabulary_is_widened(models: Path, module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "what"), [("lm_head", "output head"), ("model.embed_tokens", "embeddings")]
+)
+def test_packed_vocabulary_is_widened(models: Path, module: str, what: str) -> None:
     """vLLM asks no method of ours for these two, so they cannot be served packed."""
 
     def pack(tensors: dict) -> None:
@@ -245,7 +269,32 @@ def test_packed_vocabulary_is_widened(models: Path, module: str) -> None:
     table = load(make_plan((module, "fp8"), folder=models), None, CPU)
     route = table.routes[module]
     assert route.stored == FP8 and route.served == BF16
-    assert "the embeddings and the head are not served as fp8_block" in str(route.reason)
+    assert route.reason == f"vLLM holds the {what} in plain weights only"
+
+
+def pack_router(models: Path) -> None:
+    """Store a router as FP8 in source fp8, as no exporter should."""
+
+    def pack(tensors: dict) -> None:
+        rows, columns = tensors[f"{ROUTER}.weight"][1]
+        tensors[f"{ROUTER}.weight"] = ("F8_E4M3", [rows, columns], bytes(rows * columns))
+        tensors[f"{ROUTER}.weight_scale_inv"] = ("F32", [1, columns // 128], bytes(columns // 32))
+
+    edit_tensors(models / "fp8" / "model.safetensors", pack)
+
+
+def test_what_vllm_holds_plain_is_widened_whatever_the_kernels(models: Path) -> None:
+    pack_router(models)
+    table = load(make_plan((ROUTER, "fp8"), folder=models), None, CPU)
+    assert table.routes[ROUTER].reason == "vLLM holds a router in plain weights only"
+    assert [note.code for note in table.notes] == ["layer-unquantized"]
+
+
+def test_missing_kernel_error_refuses_what_vllm_holds_plain(models: Path) -> None:
+    pack_router(models)
+    plan = make_plan((ROUTER, "fp8"), folder=models, missing_kernel="error")
+    with pytest.raises(RouteError, match="a router in plain weights only, and options.missing_k"):
+        load(plan, None, CPU)
 
 
 def test_bytes_by_source_counts_the_stored_tensors() -> None:

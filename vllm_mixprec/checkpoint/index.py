@@ -271,8 +271,11 @@ def _group_modules(
 
 
 def _quantization_config(config: dict[str, Any]) -> Any:
-    """Find ``quantization_config``: multimodal configs keep it beside the language model's."""
+    """Find ``quantization_config``: multimodal configs keep it beside the language model's.
+
+    Old compressed-tensors checkpoints name it ``compression_config``, as vLLM reads it.
+    """
     found = config.get("quantization_config")
     if found is None and isinstance(text_config := config.get("text_config"), dict):
         found = text_config.get("quantization_config")
-    return found
+    return config.get("compression_config") if found is None else found

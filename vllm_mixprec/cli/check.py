@@ -54,6 +54,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="tensor-parallel ranks hold whole experts, not slices",
     )
     parser.add_argument(
+        "--mtp",
+        action="store_true",
+        help="count the model's own multi-token prediction layers, loaded as the draft model",
+    )
+    parser.add_argument(
         "--platform",
         metavar="NAME",
         type=_platform,
@@ -94,6 +99,7 @@ def _describe(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
         "tensor_parallel_size": arguments.tensor_parallel_size,
         "pipeline_parallel_size": arguments.pipeline_parallel_size,
         "expert_parallel": arguments.enable_expert_parallel,
+        "draft": arguments.mtp,
         **report.to_dict(),
     }
 
@@ -111,6 +117,7 @@ def _check(arguments: argparse.Namespace) -> Report:
             expert_parallel=arguments.enable_expert_parallel,
             platform=arguments.platform,
             progress=progress,
+            draft=arguments.mtp,
         )
 
 

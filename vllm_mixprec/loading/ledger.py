@@ -35,9 +35,6 @@ class Ledger:
         self._restore: list[Callable[[], None]] = []
         for name, parameter in model.named_parameters():
             self._watch_parameter(name, parameter)
-        for prefix, module in model.named_modules():
-            if isinstance(module, RoutedExperts):
-                self._watch_experts(prefix, module)
 
     def feed(
         self, stream: Iterable[tuple[str, torch.Tensor]]
@@ -97,7 +94,8 @@ class Ledger:
         module = self._model.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
         if isinstance(module, RoutedExperts):
-            return module.local_num_experts * (2 if leaf.startswith("w13_") else 1)
+            stacked = leaf.startswith("w13_") and module.moe_config.is_act_and_mul
+            return module.local_num_experts * (2 if stacked else 1)
         if isinstance(module, QKVParallelLinear):
             return 3
         if isinstance(module, MergedColumnParallelLinear):
@@ -141,26 +139,6 @@ class Ledger:
                 delattr(parameter, attribute)
 
         self._restore.append(restore)
-
-    def _watch_experts(self, prefix: str, module: RoutedExperts) -> None:
-        loader = module.weight_loader
-        names = {id(p): f"{prefix}.{n}" for n, p in module.named_parameters(recurse=False)}
-
-        def watched(
-            param: Parameter,
-            loaded_weight: torch.Tensor,
-            weight_name: str,
-            shard_id: str,
-            expert_id: int,
-            return_success: bool = False,
-        ) -> bool | None:
-            taken = loader(param, loaded_weight, weight_name, shard_id, expert_id, True)
-            if taken:
-                self._record(names[id(param)], (shard_id, expert_id))
-            return taken if return_success else None
-
-        module.weight_loader = watched
-        self._restore.append(lambda: delattr(module, "weight_loader"))
 
 
 def _names(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model loader that vLLM finds under load format ``mixprec``."""
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -14,16 +15,20 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
-from vllm_mixprec.checkpoint.dequantize import dequantize
-from vllm_mixprec.errors import RouteError
+from vllm_mixprec.errors import PlanError
+from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.loading.stream import read_tensors
 from vllm_mixprec.models import PREPARE
-from vllm_mixprec.quant.config import MixPrecConfig
+from vllm_mixprec.patches import apply_patches
+from vllm_mixprec.quant.config import LOAD_FORMAT, MixPrecConfig
 from vllm_mixprec.routing import Route
 from vllm_mixprec.routing.fused import parse_expert
+from vllm_mixprec.routing.structure import ModelDims, is_mtp_module, layer_index
 
 logger = init_logger("vllm.mixprec")
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 
 
 class MixPrecLoader(BaseModelLoader):
@@ -35,10 +40,31 @@ class MixPrecLoader(BaseModelLoader):
     def create_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> Module:
+        """Build the model, and put an :class:`Intake` before its ``load_weights``.
+
+        Raises:
+            PlanError: the model is not served through a plan.
+        """
+        config = _plan_config(vllm_config)
+        config.begin_model()
+        apply_patches(vllm_config, model_config.architectures)
         model = super().create_model(vllm_config, model_config, prefix)
         prepare = PREPARE.get(type(model).__name__)
         if prepare is not None:
             prepare(model)
+        runners = [module for module in model.modules() if isinstance(module, MoERunner)]
+        model.mixprec_intake = Intake(
+            load=model.load_weights,
+            known=config.table.routes,
+            held={route.module: route for route in rank_routes(model, config)},
+            experts={
+                layer: runner.routed_experts
+                for runner in runners
+                if (layer := config.base_prefix(runner.layer_name)) in config.table.expert_layers
+            },
+            dtype=model_config.dtype,
+        )
+        model.load_weights = model.mixprec_intake.load_weights
         return model
 
     def load_weights(self, model: Module, model_config: ModelConfig) -> None:
@@ -50,132 +76,99 @@ class MixPrecLoader(BaseModelLoader):
         """
         begun = time.perf_counter()
         ledger = Ledger(model)
-        model.load_weights(ledger.feed(self.get_all_weights(model_config, model)))
+        model.load_weights(self.get_all_weights(model_config, model), ledger)
+        model.mixprec_intake.close()
         ledger.close()
         logger.info("mixprec weights loaded in %.2f s", time.perf_counter() - begun)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: Module
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (base name, tensor) for everything this rank holds, as the layers expect it.
-
-        Widened modules come as one ``weight`` in the model's dtype, all others as stored.
-        """
-        config = get_current_vllm_config().quant_config
-        assert isinstance(config, MixPrecConfig)
-        routes = rank_routes(model, config)
-        wanted = {
-            (spec.file, spec.name): (route, suffix)
+        """Yield (base name, tensor as stored) for everything this rank holds, in file order."""
+        routes = rank_routes(model, _plan_config(get_current_vllm_config()))
+        names = {
+            (spec.file, spec.name): f"{route.module}.{suffix}"
             for route in routes
             for suffix, spec in route.tensors.items()
         }
         specs = [spec for route in routes for spec in route.tensors.values()]
-        total_bytes = sum(spec.nbytes for spec in specs)
         for line in summarise(routes):
             logger.info("%s", line)
         shown = self.load_config.use_tqdm_on_load and get_tensor_model_parallel_rank() == 0
         bar = tqdm(
-            total=total_bytes,
+            total=sum(spec.nbytes for spec in specs),
             desc="Loading mixprec weights",
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
             disable=not shown,
         )
-        waiting: dict[str, dict[str, torch.Tensor]] = {}
         with bar:
             for spec, tensor in read_tensors(specs):
-                route, suffix = wanted[spec.file, spec.name]
-                if suffix == "g_idx" or (route.widened and suffix != "bias"):
-                    parts = waiting.setdefault(route.module, {})
-                    parts[suffix] = tensor
-                    yield from _whole(route, parts, waiting, model_config.dtype)
-                else:
-                    if suffix == "qzeros":
-                        _check_zeros(route, tensor)
-                    yield f"{route.module}.{suffix}", tensor
+                yield names[spec.file, spec.name], tensor
                 bar.update(spec.nbytes)
-        if waiting:
-            raise RouteError(
-                f"{next(iter(waiting))}: {len(waiting)} modules were read in part; expected all of "
-                "their companions. Report this plan"
-            )
 
 
-def _whole(
-    route: Route,
-    parts: dict[str, torch.Tensor],
-    waiting: dict[str, dict[str, torch.Tensor]],
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a module's weight once all its companions are here; check an activation order."""
-    if not route.widened:
-        del waiting[route.module]
-        _check_order(route, parts["g_idx"])
-        return
-    if len(parts) < sum(suffix != "bias" for suffix in route.tensors):
-        return
-    del waiting[route.module]
-    yield f"{route.module}.weight", dequantize(route.stored, parts, dtype)
-
-
-def _check_order(route: Route, g_idx: torch.Tensor) -> None:
-    """Make sure that rows are grouped in order, as the config said and the kernel assumes."""
-    group_size = route.stored.group_size
-    assert group_size is not None, f"{route.module}: a gptq scheme has a group size"
-    expected = torch.arange(g_idx.numel(), dtype=g_idx.dtype).div(group_size, rounding_mode="floor")
-    if not torch.equal(g_idx, expected):
-        spec = route.tensors["g_idx"]
-        raise RouteError(
-            f"{spec.name} in {spec.file}: rows are not grouped in order though the checkpoint's "
-            f"config.json says desc_act false; expected row k in group k // {group_size}. Set "
-            "desc_act to true there, or choose another source"
+def _plan_config(vllm_config: VllmConfig) -> MixPrecConfig:
+    config = vllm_config.quant_config
+    if not isinstance(config, MixPrecConfig):
+        raise PlanError(
+            f"--load-format {LOAD_FORMAT} for a model without a plan; expected a directory made by "
+            "`vllm-mixprec compose`. Leave the flag out"
         )
-
-
-def _check_zeros(route: Route, qzeros: torch.Tensor) -> None:
-    """Make sure that zero points are what the config's ``sym`` promises and kernels assume."""
-    if not route.stored.symmetric:
-        return
-    bits = route.stored.bits
-    stored = (1 << (bits - 1)) - route.stored.zero_offset
-    word = sum(stored << shift for shift in range(0, 32, bits))
-    if bool((qzeros != word - (word >> 31 << 32)).any()):
-        spec = route.tensors["qzeros"]
-        raise RouteError(
-            f"{spec.name} in {spec.file}: zero points vary though the checkpoint's config.json "
-            f"says sym true; expected {stored} everywhere. Set sym to false there, or choose "
-            "another source"
-        )
+    return config
 
 
 def rank_routes(model: Module, config: MixPrecConfig) -> list[Route]:
     """Return the routes of the modules that this rank's part of ``model`` holds."""
-    held = _held(model)
+    held = _held(model, config)
     routes = config.table.routes
-    return [routes[module] for name, module in config.base_names.items() if held(name)]
+    return [
+        routes[module]
+        for name, module in config.base_names.items()
+        if held(name)
+    ]
 
 
-def _held(model: Module) -> Callable[[str], bool]:
+def _held(model: Module, config: MixPrecConfig) -> Callable[[str], bool]:
     """Return whether this rank holds a module, by its vLLM name.
 
     Not held: what pipeline parallelism put on other stages, what expert parallelism put on other
-    ranks, and an output head tied to the embeddings.
+    ranks, the next-token predictors (or, for a draft, everything else), indexers of layers that
+    share another's selection, and an output head tied to the embeddings. A layer that the model
+    lacks for no such reason counts as held, so that the ledger finds it.
     """
+    dims = ModelDims.from_config(config.table.base_config)
+    modules = dict(model.named_modules())
     missing = tuple(
         f"{name}."
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, (PPMissingLayer, StageMissingLayer))
     )
     maps = {
         module.layer_name: module.expert_map_manager
-        for module in model.modules()
+        for module in modules.values()
         if isinstance(module, MoERunner)
     }
+    layers = {int(found[1]) for name in modules if (found := _LAYER.search(name))}
+    is_draft = bool(layers) and all(dims.is_mtp_layer(layer) for layer in layers)
+    own_embeddings = is_draft and any(
+        name.endswith(".embed_tokens") and layer_index(name) is not None
+        for name in config.base_names
+    )
     tied = getattr(model.config, "tie_word_embeddings", False)
 
     def held(name: str) -> bool:
         if f"{name}.".startswith(missing) or (tied and name.endswith("lm_head")):
+            return False
+        layer = layer_index(name)
+        if layer is None:
+            if is_mtp_module(name):
+                return False
+            return not is_draft or (name in modules and not own_embeddings)
+        if layer not in layers and (is_draft or dims.is_mtp_layer(layer)):
+            return False
+        if ".indexer." in name and not dims.builds_indexer(layer):
             return False
         expert = parse_expert(name)
         if expert is None or expert.layer not in maps:

@@ -49,6 +49,26 @@ def compile_pattern(match: str) -> Pattern:
     return Pattern(re.compile(_translate(pattern, match) + _BELOW), may_name_weight=False)
 
 
+def numbered_braces(match: str) -> Iterator[tuple[str, int, re.Pattern[str]]]:
+    """Yield (the brace, its largest number, an expression) of each brace that holds numbers.
+
+    The expression is the pattern with that brace opened to any number, its group 1: it tells
+    how far the names go. ``re:`` patterns have none.
+
+    Raises:
+        PlanError: as compile_pattern does.
+    """
+    tokens = [] if match.startswith("re:") else _TOKEN.findall(match.removesuffix(".weight"))
+    for index, token in enumerate(tokens):
+        if token[0] != "{" or len(token) == 1:
+            continue
+        numbers = re.findall(r"(?<![^,{\s-])[0-9]+(?![^,}\s-])", token)
+        if numbers:
+            before, after = ("".join(part) for part in (tokens[:index], tokens[index + 1 :]))
+            opened = f"{_translate(before, match)}(?<![0-9])([0-9]+){_translate(after, match)}"
+            yield token, max(map(int, numbers)), re.compile(opened + _BELOW)
+
+
 def _compile_regex(match: str) -> Pattern:
     try:
         return Pattern(re.compile(match.removeprefix("re:")), may_name_weight=True)

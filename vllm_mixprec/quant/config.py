@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import SpeculativeConfig, VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.mixprec")
 
 # vLLM's names of the fused linears in routing.fused.FUSED_LAYERS, for models that declare none in
-# their packed_modules_mapping (Qwen3-MoE leaves out gate_up_proj of its dense and shared experts).
+# their packed_modules_mapping (Qwen3-MoE leaves out gate_up_proj of its dense and shared experts,
+# DeepSeekMTP has none at all).
 _FUSED_PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
 
 METHOD = "mixprec"
@@ -66,7 +68,13 @@ def layout_of(vllm_config: VllmConfig) -> Layout:
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         expert_parallel=parallel.enable_expert_parallel,
+        draft=is_own_draft(vllm_config.speculative_config),
     )
+
+
+def is_own_draft(speculative: SpeculativeConfig | None) -> bool:
+    """Whether speculative decoding drafts with the model's own next-token predictors (MTP)."""
+    return speculative is not None and speculative.method == "mtp"
 
 
 def dtype_of(vllm_config: VllmConfig) -> str:
@@ -136,6 +144,11 @@ class MixPrecConfig(QuantizationConfig):
         assert hf_config is not None
         self.plan = plan_path(model_name, hf_config)
 
+    def begin_model(self) -> None:
+        """Forget the names of the model built before: a draft is served by the same object."""
+        self._mappers = []
+        self._base_names = None
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         self._mappers.append(hf_to_vllm_mapper)
         self._base_names = None
@@ -175,13 +188,33 @@ class MixPrecConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
+            if not prefix:
+                raise UnsupportedError(
+                    f"this model builds a {type(layer).__name__} without a name, so no format can "
+                    "be told for it. Serve it with one source's own quantization, and report the "
+                    "architecture"
+                )
             return linear_method(self._scheme(prefix), self.table.platform, layer, prefix)
         if isinstance(layer, RoutedExperts):
-            groups = self.table.expert_groups(self._base_prefix(prefix))
+            base_layer = self.base_prefix(prefix)
+            if base_layer not in self.table.expert_layers:
+                return self._whole_experts(layer, base_layer)
+            groups = self.table.expert_groups(base_layer)
             if len(groups) == 1:
                 return experts_method(groups[0].scheme, self.table.platform, layer, prefix)
             return MixedExpertsMethod(groups, self.table.platform, layer)
         return None  # embeddings, the head and attention hold their weights unquantised
+
+    def _whole_experts(self, layer: RoutedExperts, base_layer: str) -> QuantizeMethodBase:
+        """The method of experts that the base does not store one by one."""
+        for module, route in self.table.routes.items():
+            if f"{module}.".startswith(f"{base_layer}.") and route.served.is_quantized:
+                raise UnsupportedError(
+                    f"{module}: {route.served.label}, in one tensor for all experts; expected one "
+                    "module an expert, or unquantised ones. Choose a source that stores experts "
+                    "one by one"
+                )
+        return experts_method(self.table.base_scheme, self.table.platform, layer, base_layer)
 
     def _scheme(self, prefix: str) -> Scheme:
         """The one scheme of a linear layer's parts; routing has made them equal."""
@@ -199,7 +232,7 @@ class MixPrecConfig(QuantizationConfig):
         # No tensor at all: the loader reports every parameter that nothing filled, with its name.
         return schemes.pop() if schemes else self.table.base_scheme
 
-    def _base_prefix(self, prefix: str) -> str:
+    def base_prefix(self, prefix: str) -> str:
         """The base's name of a layer that is no module of its own, such as ``mlp.experts``."""
         if prefix in self.table.expert_layers:
             return prefix

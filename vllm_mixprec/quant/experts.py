@@ -2,8 +2,6 @@
 """Routed experts of one layer in several formats: a child layer for each group of one format."""
 
 import copy
-import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 
 logger = init_logger("vllm.mixprec")
-
-_EXPERT_TENSOR = re.compile(r"(\d+)\.(\w+)\.(\w+)")
 
 
 class _GroupConfig(QuantizationConfig):
@@ -121,7 +117,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        children: dict[int, RoutedExperts] = {}
+        holders: dict[int, RoutedExperts] = {}
         kept = []
         for group in self.groups:
             local = tuple(e for e in group.experts if layer.expert_map_manager.is_local_expert(e))
@@ -165,9 +161,9 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             name = f"group{len(kept)}"
             layer.add_module(name, child)
             kept.append(name)
-            children |= dict.fromkeys(local, child)
+            holders |= dict.fromkeys(local, child)
         layer.group_names = tuple(kept)
-        install_expert_loader(layer, children)
+        layer.holders = holders
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Build the CPU op's (2, experts) slot table; the children reorder their own weights."""
@@ -227,42 +223,48 @@ def _mapped_backend(scheme: Scheme, platform: Platform) -> str:
     return "triton"
 
 
-def install_expert_loader(layer: RoutedExperts, children: dict[int, RoutedExperts]) -> None:
-    """Make ``layer.load_weights`` take one tensor of one expert at a time, straight to its place.
+# An expert's projection in a checkpoint -> the parameter that holds it, and its part of that.
+_SHARDS = {
+    "gate_proj": ("w13", "w1"),
+    "w1": ("w13", "w1"),
+    "up_proj": ("w13", "w3"),
+    "w3": ("w13", "w3"),
+    "down_proj": ("w2", "w2"),
+    "w2": ("w2", "w2"),
+}
 
-    ``children`` maps the logical ids of this rank's experts to the layer that holds them, ``layer``
-    itself where all are of one format. vLLM's own ``RoutedExperts.load_weights`` rebuilds a table
-    of all experts at every call and looks parameters up on the parent only.
+
+def load_expert(
+    layer: RoutedExperts, expert: int, projection: str, suffix: str, tensor: torch.Tensor
+) -> None:
+    """Load one tensor of one expert straight to its place.
+
+    Args:
+        layer: the whole layer, of one format or several.
+        expert: its logical id; one of another expert-parallel rank is passed over.
+        projection: as the checkpoint spells it, ``gate_proj`` or ``w1``.
+        suffix: ``weight``, ``weight_scale_inv``, ``qweight`` ...
+
+    Raises:
+        RouteError: the layer has no parameter for it.
     """
-    shards = {
-        layer.ckpt_gate_proj_name: ("w13", "w1"),
-        layer.ckpt_up_proj_name: ("w13", "w3"),
-        layer.ckpt_down_proj_name: ("w2", "w2"),
-    }
-    names = {id(module): f"{name}." if name else "" for name, module in layer.named_modules()}
-
-    def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
-        for name, tensor in weights:
-            match = _EXPERT_TENSOR.fullmatch(name)
-            expert, projection, suffix = match.groups() if match else ("", "", "")
-            if projection not in shards:
-                raise RouteError(
-                    f"{layer.layer_name}.{name}: expected EXPERT.PROJECTION.TENSOR with a "
-                    f"projection of {sorted(str(s) for s in shards)}. Route this module to a "
-                    "source that stores one tensor per expert projection"
-                )
-            child = children[int(expert)]
-            stem, shard = shards[projection]
-            parameter = getattr(child, f"{stem}_{suffix}", None)
-            if parameter is None:
-                raise RouteError(
-                    f"{layer.layer_name}.{name}: the layer that serves this expert has no "
-                    f"parameter {stem}_{suffix}; it holds "
-                    f"{sorted(n for n, _ in child.named_parameters())}. Report this plan"
-                )
-            child.weight_loader(
-                parameter, tensor, f"{stem}_{suffix}", shard, int(expert), return_success=True
-            )
-            yield f"{names[id(child)]}{stem}_{suffix}"
-
-    layer.load_weights = load_weights
+    # Experts without a gate keep their one up projection in w1; then the layer says so.
+    stem, shard = _SHARDS[projection]
+    if projection == layer.ckpt_gate_proj_name:
+        shard = "w1"
+    holder = getattr(layer, "holders", {}).get(expert, layer)
+    parameter = getattr(holder, f"{stem}_{suffix}", None)
+    if parameter is None:
+        raise RouteError(
+            f"{layer.layer_name}.{expert}.{projection}.{suffix}: the layer that serves this "
+            f"expert has no parameter {stem}_{suffix}; it holds "
+            f"{sorted(name for name, _ in holder.named_parameters())}. Report this plan"
+        )
+    parameter.weight_loader(
+        param=parameter,
+        loaded_weight=tensor,
+        weight_name=f"{stem}_{suffix}",
+        shard_id=shard,
+        expert_id=expert,
+        return_success=True,
+    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Module
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.index import Checkpoint
-from vllm_mixprec.plan.patterns import compile_pattern
+from vllm_mixprec.plan.patterns import compile_pattern, numbered_braces
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.findings import FindingLog, Level, generalise, rule_place
 
@@ -56,14 +56,18 @@ def used_sources(plan: Plan) -> tuple[str, ...]:
 
 
 def assign_sources(
-    plan: Plan, checkpoints: Mapping[str, Checkpoint], log: FindingLog
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    is_loaded: Callable[[str], bool],
+    log: FindingLog,
 ) -> dict[str, Assignment]:
     """Choose the source of every module of the base, in the base's order.
 
     Findings go to ``log``: shards that index and directory disagree about, rules that match
     nothing or are shadowed, modules that their source lacks or stores with another shape,
     companions that do not fit. A module whose source is not among ``checkpoints``, or lacks it,
-    is left out.
+    is left out. ``is_loaded`` tells which modules matter: a quantised source often lacks the MTP
+    layers.
     """
     base = checkpoints[plan.base]
     for opened in checkpoints.values():
@@ -83,10 +87,12 @@ def assign_sources(
                 continue
             found = checkpoint.modules.get(name)
             if found is None:
-                _report_absent(plan, rule, checkpoint, name, log)
+                if is_loaded(name):
+                    _report_absent(plan, rule, checkpoint, name, log)
                 continue
             chosen = found
-        _report_misfits(plan, source, module, chosen, log)
+        if (chosen.problems or chosen.shape != module.shape) and is_loaded(name):
+            _report_misfits(plan, source, module, chosen, log)
         tensors = _choose_tensors(plan, source, module, chosen, log)
         assignments[name] = Assignment(source, chosen, tensors)
     _report_rules(plan, base, matched, won, log)
@@ -128,7 +134,7 @@ def _report_misfits(
             f"source {source!r}: {text if separator else problem}",
             noun="tensors",
         )
-    if chosen.shape != module.shape and not chosen.problems:
+    if not chosen.problems:
         log.add(
             "error",
             "shape-mismatch",
@@ -198,6 +204,27 @@ def _report_rules(plan: Plan, base: Checkpoint, matched: int, won: int, log: Fin
                 rule_place(plan, index),
                 f'"{rule.match}" has no effect: rules above it take every module that it '
                 "matches. Move it up, or remove it.",
+                noun="rules",
+            )
+        else:
+            _report_reach(plan, index, base.modules, log)
+
+
+def _report_reach(plan: Plan, index: int, modules: Iterable[str], log: FindingLog) -> None:
+    """Warn of a rule whose braces count further than the layers or experts that there are."""
+    for brace, largest, opened in numbered_braces(plan.rules[index].match):
+        last, example = -1, ""
+        for name in modules:
+            found = opened.fullmatch(name)
+            if found is not None and int(found[1]) > last:
+                last, example = int(found[1]), name[: found.end(1)]
+        if 0 <= last < largest:
+            log.add(
+                "warning",
+                "rule-beyond",
+                rule_place(plan, index),
+                f'"{plan.rules[index].match}": {brace} counts to {largest}, but the last that it '
+                f"matches is {example}. Write no number above {last}.",
                 noun="rules",
             )
 

@@ -11,11 +11,13 @@ from typing import Any
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.errors import CheckpointError, RouteError, UnsupportedError
 from vllm_mixprec.plan.plan import Plan
+from vllm_mixprec.routing.agreement import compare_headers, report_split_selections
 from vllm_mixprec.routing.assign import used_sources
 from vllm_mixprec.routing.findings import Finding, FindingLog, source_place
 from vllm_mixprec.routing.kernels import Platform, detect_platform
 from vllm_mixprec.routing.route import Layout
 from vllm_mixprec.routing.sources import compare_configs, compare_routers
+from vllm_mixprec.routing.structure import ModelDims
 from vllm_mixprec.routing.table import RouteTable, build_table, open_source
 
 __all__ = ["Finding", "Progress", "Report", "check"]
@@ -59,6 +61,7 @@ class Report:
                 "tensor_parallel_size": layout.tensor_parallel_size,
                 "pipeline_parallel_size": layout.pipeline_parallel_size,
                 "expert_parallel": layout.expert_parallel,
+                "draft": layout.draft,
                 "bytes_by_source": [
                     {"source": source, "format": stored, "bytes": size_bytes}
                     for (source, stored), size_bytes in self.table.bytes_by_source().items()
@@ -75,6 +78,8 @@ def check(
     platform: Platform | None = None,
     progress: Progress | None = None,
     dtype: str | None = None,
+    *,
+    draft: bool = False,
 ) -> Report:
     """Find everything that is wrong or notable about a plan; nothing is raised for its faults.
 
@@ -82,12 +87,13 @@ def check(
         platform: whose kernels count; None for this machine.
         progress: told before each step.
         dtype: format that the model computes in, such as "bf16"; None for the base's own.
+        draft: load the model's own MTP layers as the draft model, and require them.
 
     Raises:
         ValueError: a parallel size below 1.
         UnsupportedError: VLLM_MIXPREC_PLATFORM holds no platform's name.
     """
-    layout = Layout(tensor_parallel_size, pipeline_parallel_size, expert_parallel)
+    layout = Layout(tensor_parallel_size, pipeline_parallel_size, expert_parallel, draft)
     platform = platform or detect_platform()
     log = FindingLog()
     sources = used_sources(plan)
@@ -107,7 +113,9 @@ def check(
     if plan.base not in checkpoints:
         return Report(log.findings(), (), None)
 
-    compare_configs(plan, checkpoints, log)
+    compare_headers(checkpoints[plan.base], draft, log)
+    for name in compare_configs(plan, checkpoints, log):
+        del checkpoints[name]  # what another model's files lack or hold is no news
     step("comparing routers", len(sources))
     compare_routers(plan, checkpoints, log)
     step("routing modules", len(sources) + 1)
@@ -144,9 +152,13 @@ def _report_unused(plan: Plan, log: FindingLog) -> None:
 
 
 def _bytes_per_rank(table: RouteTable, base: Checkpoint, log: FindingLog) -> tuple[int, ...]:
+    dims = ModelDims.from_config(base.config)
     try:
         sizes = table.bytes_per_rank()
+        if not table.platform.family.startswith("cpu"):  # there DSA is served dense
+            report_split_selections(dims, table.layout, log)
     except RouteError as error:
         log.add("error", "parallel-size", "pipeline parallel size", str(error))
         return ()
-    return sizes if len(table.routes) == len(base.modules) else ()
+    absent = base.modules.keys() - table.routes.keys()
+    return () if any(dims.is_loaded(name, table.layout.draft) for name in absent) else sizes

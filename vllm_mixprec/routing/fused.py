@@ -20,6 +20,26 @@ FUSED_LAYERS: tuple[tuple[str, ...], ...] = (
 # Projections of one routed expert in stacking order: w13 is gate and up, w2 is down.
 EXPERT_PROJECTIONS: tuple[str, ...] = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 
+# Modules, by the last one or two components of their name, that vLLM 0.32 builds with plain
+# weights whatever the quantisation config says -> what that is, for a finding.
+UNQUANTIZED_LAYERS: dict[str, str] = {
+    # model_executor/models/deepseek_v2.py Indexer, models/deepseek_v32/attention.py:
+    # wk_weights_proj has quant_config=None.
+    "indexer.wk": "the indexer's fused wk and weights_proj",
+    "indexer.weights_proj": "the indexer's fused wk and weights_proj",
+    # model_executor/models/deepseek_mtp.py, glm4_moe_mtp.py: an nn.Linear.
+    "eh_proj": "the MTP layer's eh_proj",
+    # model_executor/layers/fused_moe/router/gate_linear.py GateLinear.
+    "gate": "a router",
+    "router": "a router",
+    # model_executor/models/qwen2_moe.py: quant_config=None.
+    "shared_expert_gate": "the gate of a shared expert",
+    # model_executor/layers/vocab_parallel_embedding.py: quant/config.py gives no method for it.
+    "embed_tokens": "the embeddings",
+    "lm_head": "the output head",
+    "shared_head.head": "the output head",
+}
+
 _PROJECTION_ORDER = {name: order for order, name in enumerate(EXPERT_PROJECTIONS)}
 _FUSED_BY_PART = {part: parts for parts in FUSED_LAYERS for part in parts}
 
@@ -48,6 +68,13 @@ class Unit:
 def leaf_name(module: str) -> str:
     """Return the last dotted component of a module name."""
     return module.rpartition(".")[2]
+
+
+def unquantized_reason(module: str) -> str | None:
+    """Say why vLLM can hold a module in plain weights only; None when it can hold it packed."""
+    parent, _, leaf = module.rpartition(".")
+    what = UNQUANTIZED_LAYERS.get(leaf) or UNQUANTIZED_LAYERS.get(f"{leaf_name(parent)}.{leaf}")
+    return None if what is None else f"vLLM holds {what} in plain weights only"
 
 
 def parse_expert(module: str) -> ExpertName | None:

@@ -65,6 +65,8 @@ def _cpu_fp8_block(platform: Platform, scheme: Scheme, n: int, k: int) -> str | 
     # vLLM kernels/linear/scaled_mm/cpu.py can_implement: block K of 128, block N a multiple
     # of 32; convert_weight_packed tiles N by 32.
     assert scheme.block is not None, f"{scheme.label} without a block"
+    if scheme.scale_format != "float":
+        return f"it takes floating-point scales, not {scheme.scale_format}"
     block_n, block_k = scheme.block
     if block_k != 128 or block_n % 32:
         return f"it takes blocks of 32x128, 64x128, 96x128 ..., not {block_n}x{block_k}"
@@ -95,9 +97,13 @@ def _cpu_gptq(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
 
 
 def _cuda_fp8_block(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
+    if scheme.scale_format != "float":
+        return f"it takes floating-point scales, not {scheme.scale_format}"
     # Marlin from compute 8.0, native from 8.9; both are built for DeepSeek's 128x128.
     if platform.compute_capability < 80:
         return "it needs compute capability 8.0"
+    if scheme.scale_format != "float":
+        return f"it takes float scales, not {scheme.scale_format}"
     if scheme.block != (128, 128):
         block = "x".join(str(size) for size in scheme.block or ())
         return f"it takes blocks of 128x128, not {block}"

@@ -4,15 +4,30 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from vllm_mixprec.errors import RouteError
 from vllm_mixprec.routing.fused import leaf_name, parse_expert
 from vllm_mixprec.routing.route import Layout, Route
+from vllm_mixprec.routing.structure import (
+    ModelDims,
+    is_mtp_module,
+    is_tower_module,
+    layer_index,
+    text_config,
+)
+
+__all__ = [
+    "ModelDims",
+    "Placement",
+    "Shard",
+    "shard_weight",
+    "split_experts",
+    "split_layers",
+    "text_config",
+]
 
 PP_PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
 
@@ -28,39 +43,7 @@ _BY_KV_HEADS = frozenset("k_proj v_proj".split())
 # Padded to this many rows, and then to a multiple of the ranks (vLLM VocabParallelEmbedding).
 _VOCABULARY = frozenset("lm_head embed_tokens".split())
 _VOCABULARY_PADDING = 64
-
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_NEXT_TOKEN_PREDICTOR = re.compile(r"(?:^|\.)mtp\.")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDims:
-    """Sizes from a config.json; None where it does not say."""
-
-    num_layers: int | None
-    num_heads: int | None
-    num_kv_heads: int | None
-    num_experts: int | None
-    tied_embeddings: bool
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelDims:
-        """Read a config's sizes, of its ``text_config`` when it has one."""
-        text = text_config(config)
-
-        def first(*keys: str) -> int | None:
-            found = (text[key] for key in keys if isinstance(text.get(key), int))
-            return next(found, None)
-
-        return cls(
-            num_layers=first("num_hidden_layers"),
-            num_heads=first("num_attention_heads"),
-            num_kv_heads=first("num_key_value_heads", "num_attention_heads"),
-            num_experts=first("num_experts", "num_local_experts", "n_routed_experts"),
-            tied_embeddings=bool(
-                config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-            ),
-        )
+_FINAL_NORMS = frozenset("norm final_layernorm norm_f".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +58,6 @@ class Shard:
     rows_cut: bool = False
     columns_cut: bool = False
     problem: str | None = None
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a config that describes the language model."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) else config
 
 
 def shard_weight(
@@ -177,10 +154,9 @@ def split_experts(num_experts: int, ep_size: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Adds up the weight bytes of every rank.
+    """Says which pipeline stages hold a module, and adds up the weight bytes of every rank.
 
-    Rank = pp_rank * tensor_parallel_size + tp_rank. Layers past ``num_hidden_layers`` (the
-    next-token predictors of DeepSeek and GLM) are not loaded and weigh nothing.
+    Rank = pp_rank * tensor_parallel_size + tp_rank.
     """
 
     layout: Layout
@@ -192,22 +168,31 @@ class Placement:
         return tuple(stage for stage, count in enumerate(counts) for _ in range(count))
 
     def stages(self, module: str) -> tuple[int, ...]:
-        """Return the pipeline stages that load a module; none, one, or two for tied embeddings."""
+        """Return the pipeline stages that load a module: none, one, or two for embeddings.
+
+        The draft is on the last stage. There it has embeddings of its own; with a single stage
+        vLLM gives it the model's (v1/spec_decode/llm_base_proposer.py _maybe_share_embeddings).
+
+        Raises:
+            RouteError: the layers cannot be split over that many stages.
+        """
         last = self.layout.pipeline_parallel_size - 1
-        if _NEXT_TOKEN_PREDICTOR.search(module):
+        if not self.dims.is_loaded(module, self.layout.draft):
             return ()
-        layer = _LAYER.search(module)
-        if layer is not None:
-            index = int(layer[1])
-            if self.dims.num_layers is None:
-                return (0,)
-            return (self._stage_of_layer[index],) if index < self.dims.num_layers else ()
+        if is_mtp_module(module):
+            return (last,)
+        index, num_layers = layer_index(module), self.dims.num_layers
+        if index is not None and num_layers is not None:
+            return (self._stage_of_layer[index],) if index < num_layers else (last,)
+        if index is not None or is_tower_module(module):
+            return (0,)
         leaf = leaf_name(module)
         if leaf == "lm_head":
             return () if self.dims.tied_embeddings else (last,)
         if leaf == "embed_tokens":
-            return (0, last) if self.dims.tied_embeddings and last else (0,)
-        return (last,) if leaf in ("norm", "final_layernorm", "norm_f") else (0,)
+            is_on_last = self.dims.tied_embeddings or self.layout.draft
+            return (0, last) if is_on_last and last else (0,)
+        return (last,) if leaf in _FINAL_NORMS else (0,)
 
     def bytes_per_rank(self, routes: Mapping[str, Route]) -> tuple[int, ...]:
         """Return what the weights take in each rank's memory, as they are served."""

@@ -15,12 +15,14 @@ from vllm_mixprec.checkpoint.header import TensorSpec
 class Layout:
     """How a model is spread over ranks; a global rank is pp_rank * tp size + tp_rank.
 
-    Under ``expert_parallel`` the tensor-parallel ranks hold whole experts, not slices.
+    Under ``expert_parallel`` the tensor-parallel ranks hold whole experts, not slices. With
+    ``draft`` the model's own MTP layers are loaded as the draft model, on the last stage.
     """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     expert_parallel: bool = False
+    draft: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):

@@ -15,18 +15,31 @@ from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.findings import FindingLog
 from vllm_mixprec.routing.fused import leaf_name
-from vllm_mixprec.routing.parallel import ModelDims, text_config
+from vllm_mixprec.routing.structure import ModelDims, text_config
 
-# Sizes that two checkpoints of one model share; compared when both configs give them.
+# Sizes that two checkpoints of one model share; compared when both configs give them. Not
+# num_nextn_predict_layers: quantised exports often leave the MTP layers out.
 MODEL_SIZES = (
     "hidden_size",
     "intermediate_size",
     "moe_intermediate_size",
     "num_hidden_layers",
+    "first_k_dense_replace",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "index_topk",
+    "index_n_heads",
+    "index_head_dim",
+    "n_shared_experts",
     "num_experts_per_tok",
+    "n_group",
+    "topk_group",
     "vocab_size",
 )
 ROUTER_NAMES = frozenset({"gate", "router"})
@@ -36,14 +49,18 @@ _ROUNDING = 2.0**-7
 _SMALLEST = 2.0**-24  # float16's smallest subnormal
 
 
-def compare_configs(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: FindingLog) -> None:
-    """Report sources whose config.json describes another model than the base's."""
+def compare_configs(
+    plan: Plan, checkpoints: Mapping[str, Checkpoint], log: FindingLog
+) -> list[str]:
+    """Report sources whose config.json describes another model than the base's; return them."""
     base = checkpoints[plan.base]
+    foreign = []
     for name, checkpoint in checkpoints.items():
         if name == plan.base:
             continue
         differences = config_differences(base.config, checkpoint.config)
         if differences:
+            foreign.append(name)
             log.add(
                 "error",
                 "architecture-mismatch",
@@ -52,6 +69,7 @@ def compare_configs(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: Find
                 f"{'; '.join(differences)}. Choose a checkpoint of the same model.",
                 noun="sources",
             )
+    return foreign
 
 
 def config_differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -63,7 +81,9 @@ def config_differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> lis
         ("architectures", base.get("architectures"), other.get("architectures"))
     ]
     text, other_text = text_config(base), text_config(other)
-    pairs += [(key, text.get(key), other_text.get(key)) for key in MODEL_SIZES]
+    # With MLA head_dim means nothing: transformers overwrites it with qk_rope_head_dim.
+    unused = "head_dim" if "kv_lora_rank" in text else None
+    pairs += [(key, text.get(key), other_text.get(key)) for key in MODEL_SIZES if key != unused]
     experts, other_experts = (ModelDims.from_config(config).num_experts for config in (base, other))
     pairs.append(("number of experts", experts, other_experts))
     return [

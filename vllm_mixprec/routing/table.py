@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm_mixprec.checkpoint.formats import PLAIN_DTYPES, Module, Scheme
@@ -19,11 +20,12 @@ from vllm_mixprec.checkpoint.index import (
 from vllm_mixprec.errors import RouteError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.assign import assign_sources, used_sources
-from vllm_mixprec.routing.findings import Finding, FindingLog
+from vllm_mixprec.routing.findings import Finding, FindingLog, format_bytes
 from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.kernels import Platform, detect_platform
-from vllm_mixprec.routing.parallel import ModelDims, Placement, text_config
+from vllm_mixprec.routing.parallel import Placement
 from vllm_mixprec.routing.route import ExpertGroup, Layout, Route
+from vllm_mixprec.routing.structure import ModelDims, indexer_name, layer_index, text_config
 from vllm_mixprec.routing.widen import Widener, shared_scheme
 
 __all__ = [
@@ -61,7 +63,8 @@ class RouteTable:
         base_scheme: the unquantised scheme that the model computes in.
         layout: parallel sizes that it holds for.
         platform: machine whose kernels it counts on.
-        routes: module -> route, for every module of the base, in the base's order.
+        routes: module -> route, for every module of the base, in the base's order; less those
+            that no rank loads and their source lacks.
         notes: what is widened, cast or dropped.
     """
 
@@ -187,10 +190,32 @@ def build_table(
     base_scheme = _PLAIN[dtype] if dtype else dtype_scheme(base.config, base.modules)
     dims = ModelDims.from_config(base.config)
     with collector_paused():
-        assignments = assign_sources(plan, checkpoints, log)
+        is_loaded = partial(dims.is_loaded, draft=layout.draft)
+        assignments = assign_sources(plan, checkpoints, is_loaded, log)
         routes = Widener(plan, base_scheme, dims, layout, platform, log).route(assignments)
+        _note_shared_indexers(routes, dims, log)
         notes = tuple(finding for finding in log.findings() if finding.level != "error")
         return RouteTable(plan, base.config, base_scheme, layout, platform, routes, notes)
+
+
+def _note_shared_indexers(routes: Mapping[str, Route], dims: ModelDims, log: FindingLog) -> None:
+    """Say which indexers are not loaded, and how much that saves."""
+    if dims.index_topk is None:
+        return
+    shared: Counter[str] = Counter()
+    for module, route in routes.items():
+        index, indexer = layer_index(module), indexer_name(module)
+        if index is not None and indexer is not None and not dims.builds_indexer(index):
+            shared[indexer] += route.stored_bytes
+    for indexer in shared:
+        log.add(
+            "note",
+            "indexer-shared",
+            indexer,
+            "config.json has these layers reuse the selection of the layer before: such indexers "
+            f"are not loaded, {format_bytes(shared.total())} in all",
+            noun="indexers",
+        )
 
 
 def resolve(

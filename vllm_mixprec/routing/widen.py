@@ -11,10 +11,11 @@ from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.assign import Assignment
 from vllm_mixprec.routing.findings import FindingLog
-from vllm_mixprec.routing.fused import Kind, Unit, group_units, leaf_name
+from vllm_mixprec.routing.fused import Kind, Unit, group_units, leaf_name, unquantized_reason
 from vllm_mixprec.routing.kernels import Platform, missing_kernel
-from vllm_mixprec.routing.parallel import ModelDims, Shard, shard_weight
+from vllm_mixprec.routing.parallel import Shard, shard_weight
 from vllm_mixprec.routing.route import Layout, Route
+from vllm_mixprec.routing.structure import ModelDims
 
 PER_CHANNEL = -1  # group_size of experts whose projections have one group each, of unlike K
 
@@ -23,11 +24,15 @@ _STACKED_EXPERT_PARTS = frozenset({"gate_proj", "up_proj", "w1", "w3"})
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a decision about one module of a unit depends on, and nothing else."""
+    """What a decision about one module of a unit depends on, and nothing else.
+
+    ``unquantized`` is why vLLM holds it in plain weights only, None where it does not.
+    """
 
     leaf: str
     shape: tuple[int, ...]
     scheme: Scheme
+    unquantized: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,9 @@ class _Decision:
 class Widener:
     """Turns assignments into routes for one base dtype, layout and platform.
 
-    Units that are alike but for layer and expert numbers are decided once.
+    Units that are alike but for layer and expert numbers are decided once. Those that no rank
+    loads get routes too, but nothing is reported of them. ``missing_kernel: error`` also refuses
+    to widen what vLLM holds in plain weights only: there is no kernel for it anywhere.
     """
 
     def __init__(
@@ -85,6 +92,8 @@ class Widener:
                 for module, part in zip(unit.modules, parts, strict=True)
             ]
             routes.update((route.module, route) for route in made)
+            if not any(self._dims.is_loaded(name, self._layout.draft) for name in unit.modules):
+                continue
             if widening is not None:
                 self._report(unit, widening, made)
             if decision.uncut is not None:
@@ -95,7 +104,8 @@ class Widener:
     def _part(self, module: str, assignment: Assignment) -> _Part:
         stored = assignment.module.scheme
         scheme = stored if stored.is_quantized else self._base_scheme
-        return _Part(leaf_name(module), assignment.module.shape, scheme)
+        shape = assignment.module.shape
+        return _Part(leaf_name(module), shape, scheme, unquantized_reason(module))
 
     def _decide(self, kind: Kind, parts: tuple[_Part, ...]) -> _Decision:
         shards = [
@@ -110,6 +120,10 @@ class Widener:
     ) -> _Widening | None:
         if not any(part.scheme.is_quantized for part in parts):
             return None
+        no_kernel = "missing_kernel" if self._options.missing_kernel == "error" else None
+        for part in parts:
+            if part.unquantized is not None:
+                return _Widening("layer-unquantized", part.unquantized, no_kernel)
         if shared_scheme([(part.scheme, part.shape) for part in parts]) is None:
             refused_by = "mixed_fused" if self._options.mixed_fused == "error" else None
             return _Widening("fused-mixed", _describe_mix(kind, parts), refused_by)
@@ -120,16 +134,13 @@ class Widener:
         reason = _seam_reason(kind, parts, shards)
         if reason is not None:
             return _Widening("fused-seam", reason, None)
-        refused_by = "missing_kernel" if self._options.missing_kernel == "error" else None
         for part, shard in zip(parts, shards, strict=True):
             reason = self._kernel_reason(kind, part, shard)
             if reason is not None:
-                return _Widening("kernel-missing", reason, refused_by)
+                return _Widening("kernel-missing", reason, no_kernel)
         return None
 
     def _kernel_reason(self, kind: Kind, part: _Part, shard: Shard) -> str | None:
-        if part.leaf in ("embed_tokens", "lm_head"):
-            return f"the embeddings and the head are not served as {part.scheme.label}"
         if len(part.shape) != 2:
             return f"no kernel for {part.scheme.label} of {len(part.shape)} dimensions"
         shape = (shard.rows, shard.columns)

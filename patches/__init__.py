@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Defects of vLLM that are mended here, one module each.
+
+``PATCHES`` is the whole list. Each says what is broken, how it is mended, how to tell whether the
+installed vLLM has it, and when its module can be deleted. ``vllm-mixprec doctor`` prints their state.
+What a plan's loader makes impossible needs no patch; it is listed all the same, because users of
+whole checkpoints meet it.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.mixprec")
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One defect of vLLM.
+
+    Attributes:
+        name: the module's.
+        issues: where users reported it, such as ``vllm#46600``; empty when nobody has.
+        broken: the symptom, with file and version.
+        mended: how.
+        needed: whether the installed vLLM has the defect.
+        apply: mends it in this process, idempotent; None where other code of ours never meets it.
+        remove_when: what makes the module superfluous.
+    """
+
+    name: str
+    issues: tuple[str, ...]
+    broken: str
+    mended: str
+    needed: Callable[[], bool]
+    apply: Callable[[], None] | None
+    remove_when: str
+
+
+def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> None:
+    """Mend in this process what a model needs and the installed vLLM does not do."""
+    names = []
+    if "DeepseekForCausalLM" in architectures:
+        names.append("deepseek_mha_names")
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if vllm_config.speculative_config is not None and stages > 1:
+        names.append("draft_stages")
+    if current_platform.is_cpu() and stages > 1:
+        names.append("cpu_stages")
+    for name in names:
+        patch: Patch = importlib.import_module(f"vllm_mixprec.patches.{name}").PATCH
+        if patch.apply is not None and patch.needed():
+            logger.info_once("patch %s: %s; %s", patch.name, patch.broken, patch.mended)
+            patch.apply()
+
+
+def patches() -> tuple[Patch, ...]:
+    """Return every patch; imports vLLM's models."""
+    from vllm_mixprec.patches import (
+        cpu_stages,
+        deepseek_mha_names,
+        draft_stages,
+        indexer_types,
+        indexer_wk,
+        vocabulary,
+    )
+
+    return (
+        cpu_stages.PATCH,
+        deepseek_mha_names.PATCH,
+        draft_stages.PATCH,
+        indexer_types.PATCH,
+        indexer_wk.STAGES,
+        indexer_wk.CALLS,
+        indexer_wk.FORMATS,
+        vocabulary.PATCH,
+    )

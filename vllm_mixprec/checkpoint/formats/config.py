@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``quantization_config`` of a checkpoint, normalised once: what each module's settings are."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_mixprec.errors import CheckpointError
+
+Pattern = re.Pattern[str]
+Settings = Mapping[str, Any]
+
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerArgs:
+    """Settings of a GPTQ or AWQ weight; a ``group_size`` of -1 is still unresolved."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    desc_act: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WeightArgs:
+    """``weights`` of a compressed-tensors config group (quantization/quant_args.py).
+
+    Attributes:
+        kind: "int" or "float".
+        bits: ``num_bits``.
+        strategy: "tensor", "channel", "group", "block", ...
+        group_size: of strategy "group".
+        block: ``block_structure`` of strategy "block".
+        has_order: ``actorder`` "group": weight_g_idx tells a column's group.
+    """
+
+    kind: str
+    bits: int
+    strategy: str
+    group_size: int | None
+    block: tuple[int, int] | None
+    symmetric: bool
+    has_order: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensors:
+    """``config_groups`` and ``ignore`` of compressed-tensors, by what their targets name.
+
+    Attributes:
+        by_name: settings of targets that are a module's name.
+        by_pattern: of targets that start with "re:", matched from the name's beginning.
+        linear: of the target "Linear", which stands for every linear layer.
+        ignored_names, ignored_patterns: modules that are not quantised.
+    """
+
+    by_name: Mapping[str, WeightArgs]
+    by_pattern: tuple[tuple[Pattern, WeightArgs], ...]
+    linear: WeightArgs | None
+    ignored_names: frozenset[str]
+    ignored_patterns: tuple[Pattern, ...]
+
+    def weights_of(self, name: str) -> WeightArgs | None:
+        """Return the settings of a module, None when no group targets it.
+
+        Names come before patterns, patterns before "Linear" (utils/match.py, ``match_targets``).
+        """
+        args = self.by_name.get(name)
+        if args is not None:
+            return args
+        for pattern, args in self.by_pattern:
+            if pattern.match(name):
+                return args
+        return self.linear
+
+    def ignores(self, name: str) -> bool:
+        """Whether ``ignore`` keeps a module unquantised."""
+        return name in self.ignored_names or any(
+            pattern.match(name) for pattern in self.ignored_patterns
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationConfig:
+    """The ``quantization_config`` of a checkpoint, normalised once.
+
+    Attributes:
+        method: ``quant_method``; None without a ``quantization_config``.
+        block: fp8: ``weight_block_size``.
+        packing: who packed ``qweight``, "gptq" or "awq"; None for nobody that is known.
+        layout: the setting that says so, for a message.
+        zero_offset: of ``packing``, as in ``Scheme``.
+        bits, group_size, symmetric, desc_act: gptq, awq: the global settings, as in ``Scheme``,
+            but with ``group_size`` -1 still unresolved.
+        overrides: (matches the module's name, settings that replace the global ones), from
+            GPTQModel's ``dynamic``, and from the keys of auto-round's ``extra_config`` that are
+            no plain names. The first match wins, as in vLLM's ``get_dynamic_override``.
+        exact_overrides: the same by exact module name, from auto-round's ``extra_config``.
+        shapes_tell_overrides: ``overrides`` change bits and group size only, so that a module
+            whose shapes fit the global ones has none.
+        compressed: compressed-tensors: its groups.
+    """
+
+    method: str | None = None
+    block: tuple[int, int] | None = None
+    packing: str | None = None
+    layout: str = ""
+    zero_offset: int = 0
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+    desc_act: bool = False
+    overrides: tuple[tuple[Pattern, Settings], ...] = ()
+    exact_overrides: Mapping[str, Settings] = field(default_factory=dict)
+    shapes_tell_overrides: bool = True
+    compressed: CompressedTensors | None = None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any] | None) -> "QuantizationConfig":
+        """Normalise the dict found in config.json.
+
+        Raises:
+            CheckpointError: a field has the wrong type.
+        """
+        if raw is None:
+            return cls()
+        if not isinstance(raw, Mapping):
+            raise bad_field("", raw, "an object")
+        method = _field(raw, "quant_method", str)
+        block = _parse_block("weight_block_size", raw.get("weight_block_size"))
+        if method == "compressed-tensors":
+            return cls(method=method, block=block, compressed=_parse_compressed(raw))
+        layout_key = _LAYOUT_KEYS.get(method)
+        if layout_key is None:
+            return cls(method=method, block=block)
+        data_type = raw.get("data_type", "int")
+        if data_type != "int":
+            return cls(method=method, block=block, layout=f'data_type "{data_type}"')
+        layout = _field(raw, layout_key, str)
+        packing, zero_offset = _PACKINGS.get((method, layout and layout.lower()), (None, 0))
+        extra = _settings_by_name(raw, "extra_config")
+        overrides = (
+            *_parse_dynamic(_settings_by_name(raw, "dynamic")),
+            *_parse_extra_patterns(extra),
+        )
+        has_zero_points = _own(raw, "zero_point", bool, method == "awq")
+        return cls(
+            method=method,
+            block=block,
+            packing=packing,
+            layout=f'{layout_key} "{layout}"',
+            zero_offset=zero_offset,
+            bits=_own(raw, "bits", int, _field(raw, "w_bit", int)),
+            group_size=_own(raw, "group_size", int, _field(raw, "q_group_size", int)),
+            symmetric=_own(raw, "sym", bool, not has_zero_points),
+            desc_act=_field(raw, "desc_act", bool) is True,
+            overrides=overrides,
+            exact_overrides=extra,
+            shapes_tell_overrides=not any(
+                "sym" in own or "desc_act" in own for _, own in overrides
+            ),
+        )
+
+    def integers_of(self, name: str, fits: Callable[[int, int], bool]) -> IntegerArgs:
+        """Return the settings of a module that GPTQ or AWQ packed.
+
+        Args:
+            name: the module's name.
+            fits: whether the module's shapes are those of (bits, group_size).
+
+        Raises:
+            CheckpointError: bits or group_size are missing, or are no sizes.
+        """
+        own = self._override(name, fits)
+        bits = _own(own, "bits", int, self.bits)
+        group_size = _own(own, "group_size", int, self.group_size)
+        if bits is None or group_size is None:
+            raise bad_field("bits and group_size", (bits, group_size), "two integers")
+        if group_size <= 0 and group_size != -1:
+            raise bad_field("group_size", group_size, "-1 or a positive integer")
+        return IntegerArgs(
+            bits,
+            group_size,
+            _own(own, "sym", bool, self.symmetric),
+            _own(own, "desc_act", bool, self.desc_act),
+        )
+
+    def _override(self, name: str, fits: Callable[[int, int], bool]) -> Settings:
+        """Return the settings that a module has of its own; empty when none.
+
+        A mixed export can have thousands of patterns for 90,000 modules. They are searched only
+        where shapes contradict the global settings, or a pattern changes what no shape tells.
+        """
+        if settings := self.exact_overrides.get(name):
+            return settings
+        if not self.overrides:
+            return {}
+        if (
+            self.shapes_tell_overrides
+            and self.bits
+            and self.group_size
+            and fits(self.bits, self.group_size)
+        ):
+            return {}
+        for pattern, settings in self.overrides:
+            if pattern.match(name):
+                return settings
+        return {}
+
+
+# quant_method -> the setting that tells how integers are packed.
+_LAYOUT_KEYS = {"gptq": "checkpoint_format", "auto-round": "packing_format", "awq": "version"}
+
+# (quant_method, that setting) -> packing, what is added to a stored zero point.
+_PACKINGS = {
+    ("gptq", None): ("gptq", 1),
+    ("gptq", "gptq"): ("gptq", 1),
+    ("gptq", "gptq_v2"): ("gptq", 0),
+    # auto_round/inference/backend.py: GPTQ_FORMAT and GPTQ_FORMAT_NO_ZP.
+    ("auto-round", "auto_round:auto_gptq"): ("gptq", 1),
+    ("auto-round", "auto_round:gptqmodel"): ("gptq", 0),
+    ("auto-round", "auto_round"): ("gptq", 0),
+    ("auto-round", "auto_round:auto_awq"): ("awq", 0),
+    ("awq", None): ("awq", 0),
+    ("awq", "gemm"): ("awq", 0),
+}
+
+
+def bad_field(name: str, found: Any, expected: str) -> CheckpointError:
+    """Make the error of a malformed setting; an empty name stands for all of the config."""
+    key = f"quantization_config.{name}" if name else "quantization_config"
+    return CheckpointError(
+        f"config.json: {key} is {found!r}, expected {expected}. "
+        "Correct the config, or download it again."
+    )
+
+
+def _field(raw: Settings, name: str, kind: type) -> Any:
+    value = raw.get(name)
+    if value is not None and type(value) is not kind:
+        raise bad_field(name, value, f"of type {kind.__name__}")
+    return value
+
+
+def _own(settings: Settings, name: str, kind: type, default: Any) -> Any:
+    value = _field(settings, name, kind)
+    return default if value is None else value
+
+
+def _settings_by_name(raw: Settings, name: str) -> Mapping[str, Settings]:
+    value = raw.get(name) or {}
+    if not isinstance(value, Mapping) or not all(
+        isinstance(own, Mapping) for own in value.values()
+    ):
+        raise bad_field(name, value, "an object of objects")
+    return value
+
+
+def _parse_block(name: str, value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or any(type(size) is not int or size <= 0 for size in value)
+    ):
+        raise bad_field(name, value, "two positive integers")
+    return value[0], value[1]
+
+
+def _compile(name: str, expression: str) -> Pattern:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise bad_field(name, expression, f"a regular expression ({error})") from error
+
+
+def _parse_dynamic(dynamic: Mapping[str, Settings]) -> tuple[tuple[Pattern, Settings], ...]:
+    """Read GPTQModel's ``dynamic``: "+:REGEX" changes settings; "-:REGEX" excludes modules.
+
+    The exclusions are not needed: that a module is not quantised shows in its tensors.
+    """
+    return tuple(
+        (_compile("dynamic", key.removeprefix("+:")), settings)
+        for key, settings in dynamic.items()
+        if settings and not key.startswith("-:")
+    )
+
+
+def _parse_extra_patterns(extra: Mapping[str, Settings]) -> list[tuple[Pattern, Settings]]:
+    """Read the keys of auto-round's ``extra_config`` that are searched for in a module's name."""
+    return [
+        (_compile("extra_config", f".*(?:{key})"), settings)
+        for key, settings in extra.items()
+        if not _PLAIN_NAME.fullmatch(key)
+    ]
+
+
+def _parse_compressed(raw: Settings) -> CompressedTensors:
+    by_name: dict[str, WeightArgs] = {}
+    by_pattern = []
+    for group, settings in _settings_by_name(raw, "config_groups").items():
+        where = f"config_groups.{group}"
+        weights = settings.get("weights")
+        if weights is None:
+            continue  # it quantises activations or the KV cache alone
+        args = _parse_weights(f"{where}.weights", weights)
+        for target in _strings(f"{where}.targets", settings.get("targets")):
+            if target.startswith("re:"):
+                by_pattern.append((_compile(f"{where}.targets", target[3:]), args))
+            else:
+                by_name.setdefault(target, args)
+    ignored = _strings("ignore", raw.get("ignore"))
+    return CompressedTensors(
+        by_name=by_name,
+        by_pattern=tuple(by_pattern),
+        linear=by_name.get("Linear"),
+        ignored_names=frozenset(ignored),
+        ignored_patterns=tuple(_compile("ignore", n[3:]) for n in ignored if n.startswith("re:")),
+    )
+
+
+def _parse_weights(where: str, raw: Any) -> WeightArgs:
+    if not isinstance(raw, Mapping):
+        raise bad_field(where, raw, "an object")
+    group_size = raw.get("group_size")
+    if group_size is not None and type(group_size) is not int:
+        raise bad_field(f"{where}.group_size", group_size, "of type int")
+    strategy = raw.get("strategy")
+    if strategy is None:  # what QuantizationArgs infers
+        strategy = "tensor" if group_size is None else "group" if group_size > 0 else "channel"
+    if strategy == "group" and (group_size is None or group_size <= 0):
+        raise bad_field(f"{where}.group_size", group_size, "a positive integer")
+    bits = raw.get("num_bits", 8)
+    if type(bits) is not int:
+        raise bad_field(f"{where}.num_bits", bits, "of type int")
+    block = _parse_block(f"{where}.block_structure", raw.get("block_structure"))
+    if strategy == "block" and block is None:
+        raise bad_field(f"{where}.block_structure", block, "two positive integers")
+    return WeightArgs(
+        kind=str(raw.get("type", "int")),
+        bits=bits,
+        strategy=str(strategy),
+        group_size=group_size if strategy == "group" else None,
+        block=block if strategy == "block" else None,
+        symmetric=raw.get("symmetric", True) is not False,
+        has_order=raw.get("actorder") in (True, "group", "dynamic"),
+    )
+
+
+def _strings(where: str, value: Any) -> list[str]:
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(type(item) is str for item in value):
+        raise bad_field(where, value, "a list of strings")
+    return value

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FP8 weights with one scale a block, a row or a tensor.
+
+``weight`` (N, K) F8_E4M3; ``weight_scale_inv`` or ``weight_scale``, multiplied in either spelling:
+
+- block of (bn, bk) weights: (ceil(N/bn), ceil(K/bk)). DeepSeek-V3, inference/kernel.py,
+  ``weight_dequant``; compressed-tensors' "block" strategy; MX (OCP Microscaling Formats 1.0) with
+  blocks of 1x32.
+- channel: (N, 1) or (N,).
+- tensor: [] or [1].
+
+Scales are floats; or E8M0 bytes, ``2 ** (byte - 127)``, stored as U8 or F8_E8M0; or four such
+bytes to an I32, the lowest first along K, as DeepGEMM packs them
+(``get_mn_major_tma_aligned_packed_ue8m0_tensor``), whose rows may have been repeated to N.
+"""
+
+from functools import lru_cache
+
+from vllm_mixprec.checkpoint.formats.base import (
+    ACTIVATION_SCALES,
+    SCALE_DTYPES,
+    Format,
+    Scheme,
+    Tensors,
+    left_over,
+    misfit,
+    missing,
+)
+from vllm_mixprec.checkpoint.formats.config import QuantizationConfig, WeightArgs
+from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.errors import UnsupportedError
+
+DEFAULT_BLOCK = (128, 128)
+"""What DeepSeek-V3 introduced, and every checkpoint uses whose config says nothing."""
+
+SCALE_SUFFIXES = ("weight_scale_inv", "weight_scale")
+E8M0_DTYPES = ("U8", "F8_E8M0")
+
+Granularity = tuple[int, int] | str
+"""What shares a scale: a block, or "channel", or "tensor"."""
+
+
+def recognise_fp8(tensors: Tensors, config: QuantizationConfig, name: str) -> Scheme | None:
+    """Recognise FP8, asking the config for the block and the header for everything else."""
+    weight = tensors.get("weight")
+    if weight is None or weight.dtype != "F8_E4M3":
+        return None
+    if len(weight.shape) != 2:
+        raise UnsupportedError(f"FP8 of {len(weight.shape)} dimensions")
+    is_ct = config.compressed is not None
+    asked: Granularity | None = config.block
+    if config.compressed is not None:
+        args = config.compressed.weights_of(name)
+        asked = _asked_by(args) if args is not None and args.kind == "float" else None
+    scale = fp8_scale(tensors)
+    if scale is None:
+        return _scheme(is_ct, asked, weight.shape, None, "F32")
+    return _scheme(is_ct, asked, weight.shape, scale.shape, scale.dtype)
+
+
+def fp8_scale(tensors: Tensors) -> TensorSpec | None:
+    """Return the weight's scale, in either spelling."""
+    scale = tensors.get("weight_scale_inv")
+    return tensors.get("weight_scale") if scale is None else scale
+
+
+def fp8(name: str) -> Format:
+    """Make the entry of one FP8 format."""
+    suffixes = frozenset({"weight", "bias", *SCALE_SUFFIXES}) | ACTIVATION_SCALES
+    return Format(name, suffixes, _shape, _problems)
+
+
+def _asked_by(args: WeightArgs) -> Granularity:
+    if args.strategy == "block" and args.block is not None:
+        return args.block
+    if args.strategy == "group" and args.group_size is not None:
+        return 1, args.group_size
+    if args.strategy in ("channel", "tensor"):
+        return args.strategy
+    raise UnsupportedError(f'compressed-tensors FP8 of strategy "{args.strategy}"')
+
+
+@lru_cache
+def _scheme(
+    is_ct: bool,
+    asked: Granularity | None,
+    shape: tuple[int, ...],
+    scale_shape: tuple[int, ...] | None,
+    scale_dtype: str,
+) -> Scheme:
+    packed = scale_dtype == "I32"
+    granularity = asked or _tell_granularity(shape, scale_shape, packed)
+    if packed and isinstance(granularity, tuple) and scale_shape is not None:
+        n, (bn, bk) = shape[0], granularity
+        if scale_shape[:1] == (n,) and -(-n // bn) != n:
+            granularity = 1, bk  # DeepGEMM has repeated the rows
+    scale_format = "e8m0_packed" if packed else "e8m0" if scale_dtype in E8M0_DTYPES else "float"
+    if isinstance(granularity, tuple):
+        name = "ct_fp8" if is_ct else "fp8_block"
+        return Scheme(name, bits=8, block=granularity, scale_format=scale_format)
+    if is_ct:
+        return Scheme("ct_fp8", bits=8, granularity=granularity, scale_format=scale_format)
+    return Scheme(f"fp8_{granularity}", bits=8, scale_format=scale_format)
+
+
+def _tell_granularity(
+    shape: tuple[int, ...], scale_shape: tuple[int, ...] | None, packed: bool
+) -> Granularity:
+    """Tell from shapes what shares a scale; the default block where they do not tell."""
+    n, k = shape
+    if scale_shape is None:
+        return DEFAULT_BLOCK
+    if scale_shape in ((), (1,)):
+        return "tensor"
+    if packed or scale_shape == _grid(shape, DEFAULT_BLOCK):
+        return DEFAULT_BLOCK
+    if scale_shape in ((n,), (n, 1)):
+        return "channel"
+    if scale_shape == (1, 1):
+        return "tensor"
+    if len(scale_shape) == 2 and 0 not in scale_shape:
+        rows, columns = scale_shape
+        if n % rows == 0 and k % columns == 0:
+            return n // rows, k // columns
+    return DEFAULT_BLOCK
+
+
+def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    """Count the blocks along N and K; of the last ones only a part may exist."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def _shape(tensors: Tensors, scheme: Scheme) -> tuple[int, ...]:
+    return tensors["weight"].shape
+
+
+def _problems(tensors: Tensors, scheme: Scheme) -> list[str]:
+    weight, scale = tensors["weight"], fp8_scale(tensors)
+    if scale is None:
+        suffix = "weight_scale_inv" if scheme.format == "fp8_block" else "weight_scale"
+        return [missing(tensors, suffix, "weight")]
+    n, k = weight.shape
+    problems = []
+    shapes: tuple[tuple[int, ...], ...]
+    if scheme.block is not None:
+        rows, columns = _grid(weight.shape, scheme.block)
+        shapes = ((rows, -(-columns // 4) if scheme.scale_format == "e8m0_packed" else columns),)
+        why = f"block {scheme.block[0]}x{scheme.block[1]}"
+    elif scheme.format == "fp8_channel" or scheme.granularity == "channel":
+        shapes, why = ((n, 1), (n,)), "a scale a channel"
+    else:
+        shapes, why = ((), (1,), (1, 1)), "a scale a tensor"
+    if scale.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes[:2])
+        problems.append(misfit(scale, expected, f"N={n}, K={k}, {why}"))
+    dtypes = (*SCALE_DTYPES, *E8M0_DTYPES, *(("I32",) if scheme.block is not None else ()))
+    if scale.dtype not in dtypes:
+        problems.append(misfit(scale, " or ".join(dtypes), "dtype of a scale"))
+    if "weight_scale" in tensors and scale is not tensors["weight_scale"]:
+        why = "weight_scale_inv is beside it, and one of the two is used"
+        problems.append(left_over(tensors["weight_scale"], why))
+    return problems

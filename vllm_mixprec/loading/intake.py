@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stands before a model's own ``load_weights``: stored tensors in, in any order; weights out.
+
+vLLM's models expect a checkpoint of one format whose tensors come in their file's order. Here a
+module's weight and its scales may come from different files, in either order, in one call or in
+several. A module that is widened is dequantised once, when all its companions are here; experts go
+straight to the layer that holds them; the rest goes on to the model.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch.nn import Module
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+from vllm_mixprec.checkpoint.dequantize import dequantize
+from vllm_mixprec.errors import RouteError
+from vllm_mixprec.loading.ledger import Ledger
+from vllm_mixprec.quant.experts import load_expert
+from vllm_mixprec.routing import Route
+from vllm_mixprec.routing.fused import parse_expert
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+# A tensor that checkpoints spell otherwise than the layers that serve its format.
+_LAYERS_NAME = {("fp8_block", "weight_scale"): "weight_scale_inv"}
+
+
+class Intake:
+    """Takes (base name, tensor as stored) for one model and loads what its rank holds.
+
+    Args:
+        load: the model's own ``load_weights``.
+        known: every module of the base; a tensor of another one is an error.
+        held: the routes of the modules that this rank holds, by module; others are passed over.
+        experts: the base's name of an expert layer -> the layer.
+        dtype: of widened weights.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Weights], set[str]],
+        known: Mapping[str, Route],
+        held: Mapping[str, Route],
+        experts: Mapping[str, RoutedExperts],
+        dtype: torch.dtype,
+    ) -> None:
+        self._load = load
+        self._known = known
+        self._held = held
+        self._experts = experts
+        self._dtype = dtype
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+
+    def load_weights(self, weights: Weights, ledger: Ledger | None = None) -> set[str]:
+        """Load tensors; what is incomplete waits for the next call.
+
+        Returns:
+            Names of the parameters that the model's own loader filled.
+
+        Raises:
+            RouteError: a tensor that the base does not have, or one that came twice.
+        """
+        whole = self._assemble(weights)
+        return self._load(self._divert(whole if ledger is None else ledger.feed(whole)))
+
+    def close(self) -> None:
+        """Make sure that nothing waits for a companion any more.
+
+        Raises:
+            RouteError: a weight came without its scales, or the reverse.
+        """
+        for module, parts in self._waiting.items():
+            missing = sorted(_companions(self._held[module]) - parts.keys())
+            raise RouteError(
+                f"{module}: {', '.join(sorted(parts))} came, but {', '.join(missing)} never did; "
+                f"expected both, to dequantise the module ({len(self._waiting)} modules wait). "
+                "Feed every tensor of the module, or route it to a complete source"
+            )
+
+    def _assemble(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) as the layers expect them; dequantise what is widened."""
+        for name, tensor in weights:
+            module, _, suffix = name.rpartition(".")
+            route = self._held.get(module)
+            if route is None:
+                self._require_known(name, module)
+                continue
+            if suffix not in route.tensors:
+                raise RouteError(
+                    f"{name}: no tensor of source {route.source!r}, which holds "
+                    f"{', '.join(route.tensors)} of this module. Feed the tensors of the source "
+                    "that the plan routes the module to"
+                )
+            if suffix == "g_idx" or (route.widened and suffix != "bias"):
+                parts = self._waiting.setdefault(module, {})
+                if suffix in parts:
+                    raise RouteError(
+                        f"{name}: came twice before the rest of its module; expected once"
+                    )
+                parts[suffix] = tensor
+                yield from self._whole(route, parts)
+            else:
+                if suffix == "qzeros":
+                    check_zeros(route, tensor)
+                yield f"{module}.{_LAYERS_NAME.get((route.served.format, suffix), suffix)}", tensor
+
+    def _require_known(self, name: str, module: str) -> None:
+        if module not in self._known:
+            raise RouteError(
+                f"{name}: the base has no such tensor; expected its names, such as "
+                f"{next(iter(self._known), 'none')}. Rename it"
+            )
+
+    def _whole(
+        self, route: Route, parts: dict[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a module's weight once all its companions are here; check an activation order."""
+        if not route.widened:
+            del self._waiting[route.module]
+            check_order(route, parts["g_idx"])
+            return
+        if len(parts) == len(_companions(route)):
+            del self._waiting[route.module]
+            yield f"{route.module}.weight", dequantize(route.stored, parts, self._dtype)
+
+    def _divert(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """Load experts on the way, and yield the rest.
+
+        The models' own loops over experts compare each tensor with a list of all of them, and look
+        parameters up by names that a layer of several formats does not have.
+        """
+        for name, tensor in weights:
+            module, _, suffix = name.rpartition(".")
+            expert = parse_expert(module)
+            layer = self._experts.get(expert.layer) if expert is not None else None
+            if expert is None or layer is None:
+                yield name, tensor
+            else:
+                load_expert(layer, expert.expert, expert.projection, suffix, tensor)
+
+
+def _companions(route: Route) -> set[str]:
+    """Suffixes that make up a module's weight."""
+    return route.tensors.keys() - {"bias"}
+
+
+def check_order(route: Route, g_idx: torch.Tensor) -> None:
+    """Make sure that rows are grouped in order, as the config said and the kernel assumes.
+
+    Raises:
+        RouteError: they are not.
+    """
+    group_size = route.stored.group_size
+    assert group_size is not None, f"{route.module}: a gptq scheme has a group size"
+    expected = torch.arange(g_idx.numel(), dtype=g_idx.dtype).div(group_size, rounding_mode="floor")
+    if not torch.equal(g_idx, expected):
+        spec = route.tensors["g_idx"]
+        raise RouteError(
+            f"{spec.name} in {spec.file}: rows are not grouped in order though the checkpoint's "
+            f"config.json says desc_act false; expected row k in group k // {group_size}. Set "
+            "desc_act to true there, or choose another source"
+        )
+
+
+def check_zeros(route: Route, qzeros: torch.Tensor) -> None:
+    """Make sure that zero points are what the config's ``sym`` promises and kernels assume.
+
+    Raises:
+        RouteError: they vary.
+    """
+    if not route.stored.symmetric:
+        return
+    bits = route.stored.bits
+    stored = (1 << (bits - 1)) - route.stored.zero_offset
+    word = sum(stored << shift for shift in range(0, 32, bits))
+    if bool((qzeros != word - (word >> 31 << 32)).any()):
+        spec = route.tensors["qzeros"]
+        raise RouteError(
+            f"{spec.name} in {spec.file}: zero points vary though the checkpoint's config.json "
+            f"says sym true; expected {stored} everywhere. Set sym to false there, or choose "
+            "another source"
+        )

@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a checkpoint's headers hold what its config.json promises: layers, experts, indexers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_mixprec.checkpoint.formats import Module
+from vllm_mixprec.checkpoint.index import Checkpoint
+from vllm_mixprec.routing.findings import FindingLog
+from vllm_mixprec.routing.fused import parse_expert
+from vllm_mixprec.routing.parallel import PP_PARTITION_VARIABLE, split_layers
+from vllm_mixprec.routing.route import Layout
+from vllm_mixprec.routing.sources import ROUTER_NAMES
+from vllm_mixprec.routing.structure import (
+    DEEPSEEK_MODEL_TYPES,
+    ModelDims,
+    indexer_name,
+    is_mtp_module,
+    layer_index,
+    layer_name,
+    scheduled_indexers,
+    text_config,
+    typed_indexers,
+)
+
+_REMEDY = "Correct config.json, or download the checkpoint again."
+_INDEXER = "self_attn.indexer"
+_INDEXER_PARTS = ("wq_b", "wk", "weights_proj", "k_norm")
+_MTP_PARTS = frozenset({"enorm", "hnorm", "eh_proj"})
+_CORRECTION_BIAS = "e_score_correction_bias"
+
+# Module below a layer -> (code, factor, terms): its rows are the factor, if any, times the sum of
+# the terms, all keys of config.json. As vLLM's DeepseekV2MLAAttention and Indexer build them.
+_ROWS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
+    "self_attn.q_a_proj": ("config-attention", None, ("q_lora_rank",)),
+    "self_attn.q_b_proj": (
+        "config-attention",
+        "num_attention_heads",
+        ("qk_nope_head_dim", "qk_rope_head_dim"),
+    ),
+    "self_attn.kv_a_proj_with_mqa": (
+        "config-attention",
+        None,
+        ("kv_lora_rank", "qk_rope_head_dim"),
+    ),
+    "self_attn.kv_b_proj": (
+        "config-attention",
+        "num_attention_heads",
+        ("qk_nope_head_dim", "v_head_dim"),
+    ),
+    "self_attn.indexer.wq_b": ("config-indexer", "index_n_heads", ("index_head_dim",)),
+    "self_attn.indexer.wk": ("config-indexer", None, ("index_head_dim",)),
+    "self_attn.indexer.weights_proj": ("config-indexer", None, ("index_n_heads",)),
+}
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer as the headers have it.
+
+    ``name`` is ``model.layers.3``, ``modules`` are all but routed experts, by their names below
+    it; ``experts`` are the logical ids that a projection is there for, ``experts_name`` is
+    ``model.layers.3.mlp.experts``.
+    """
+
+    name: str
+    modules: dict[str, Module] = field(default_factory=dict)
+    experts: dict[str, set[int]] = field(default_factory=dict)
+    experts_name: str = ""
+
+    @property
+    def parts(self) -> set[str]:
+        """What lies right below the layer: self_attn, mlp, input_layernorm ..."""
+        below = {name.partition(".")[0] for name in self.modules}
+        return below | ({self.experts_name[len(self.name) + 1 :].partition(".")[0]} - {""})
+
+
+def compare_headers(checkpoint: Checkpoint, draft: bool, log: FindingLog) -> None:
+    """Report where the headers of a checkpoint contradict its config.json.
+
+    Args:
+        draft: the MTP layers are loaded, so that a missing one is an error.
+    """
+    config = text_config(checkpoint.config)
+    dims = ModelDims.from_config(checkpoint.config)
+    place = str(checkpoint.path / "config.json")
+    layers = _gather_layers(checkpoint.modules.values())
+    _compare_layers(layers, dims, log)
+    has_mtp_modules = any(is_mtp_module(name) for name in checkpoint.modules)
+    _compare_mtp(layers, dims, draft, has_mtp_modules, place, log)
+    _compare_groups(config, dims, place, log)
+    known = {index: layers[index] for index in layers if _is_known(index, dims)}
+    if dims.num_experts is not None:
+        for index, layer in known.items():
+            is_moe = None if dims.moe_layers is None else index in dims.moe_layers
+            _compare_experts(layer, is_moe, dims.num_experts, log)
+    if config.get("model_type") in DEEPSEEK_MODEL_TYPES:
+        _compare_sizes(known, config, log)
+        _compare_correction_bias(known, config, log)
+        _compare_indexers(known, dims, log)
+        if dims.index_topk is not None:
+            _compare_schedules(config, dims, place, log)
+
+
+def report_split_selections(dims: ModelDims, layout: Layout, log: FindingLog) -> None:
+    """Report pipeline stages whose first layer would reuse a selection made on another stage.
+
+    vLLM 0.32 hands only hidden states and residuals to the next stage (deepseek_v2.py and
+    models/deepseek_v32), so such a layer would attend to whatever its buffer holds.
+
+    Raises:
+        RouteError: the layers cannot be split over that many stages.
+    """
+    if dims.index_topk is None or dims.indexer_layers is None or dims.num_layers is None:
+        return
+    first = 0
+    for stage, count in enumerate(split_layers(dims.num_layers, layout.pipeline_parallel_size)):
+        if count and not dims.builds_indexer(first):
+            own = max((i for i in dims.indexer_layers if i < first), default=0)
+            log.add(
+                "error",
+                "indexer-stage",
+                f"pipeline stage {stage}",
+                f"begins with layer {first}, which reuses the selection that layer {own} makes on "
+                "an earlier stage; vLLM does not pass it on. Begin it at a layer with an indexer, "
+                f"such as {own}, through {PP_PARTITION_VARIABLE}.",
+            )
+        first += count
+
+
+def _gather_layers(modules: Iterable[Module]) -> dict[int, _Layer]:
+    """Collect the modules of each layer of the language model."""
+    layers: dict[int, _Layer] = {}
+    for module in modules:
+        name, index = layer_name(module.name), layer_index(module.name)
+        if name is None or index is None:
+            continue
+        layer = layers.get(index)
+        if layer is None:
+            layer = layers[index] = _Layer(name)
+        expert = parse_expert(module.name)
+        if expert is None:
+            layer.modules[module.name[len(name) + 1 :]] = module
+        else:
+            layer.experts.setdefault(expert.projection, set()).add(expert.expert)
+            layer.experts_name = expert.layer
+    return layers
+
+
+def _is_known(index: int, dims: ModelDims) -> bool:
+    return dims.num_layers is None or index < dims.num_layers or dims.is_mtp_layer(index)
+
+
+def _compare_layers(layers: Mapping[int, _Layer], dims: ModelDims, log: FindingLog) -> None:
+    if dims.num_layers is None or not layers:
+        return
+    promised = f"num_hidden_layers {dims.num_layers}"
+    if dims.num_mtp_layers:
+        promised += f" and num_nextn_predict_layers {dims.num_mtp_layers}"
+    for index, layer in layers.items():
+        if not _is_known(index, dims):
+            log.add(
+                "error",
+                "config-layers",
+                layer.name,
+                f"the files hold this layer, expected those of {promised} in config.json. "
+                f"{_REMEDY}",
+                noun="layers",
+            )
+    for index in range(dims.num_layers):
+        if index not in layers:
+            log.add(
+                "error",
+                "config-layers",
+                _name_of(index, layers),
+                f"the files hold nothing of this layer, expected it by {promised} in "
+                f"config.json. {_REMEDY}",
+                noun="layers",
+            )
+
+
+def _name_of(index: int, layers: Mapping[int, _Layer]) -> str:
+    """Spell the name of a layer that is not there as the others are."""
+    return f"{next(iter(layers.values())).name.rpartition('.')[0]}.{index}"
+
+
+def _compare_mtp(
+    layers: Mapping[int, _Layer],
+    dims: ModelDims,
+    draft: bool,
+    has_mtp_modules: bool,
+    place: str,
+    log: FindingLog,
+) -> None:
+    if dims.num_layers is None or not layers or has_mtp_modules:
+        return
+    if draft and not dims.num_mtp_layers:
+        log.add(
+            "error",
+            "mtp-missing",
+            place,
+            "num_nextn_predict_layers is 0 or absent, expected 1 or more to draft with the "
+            "model's own MTP layers. Serve without the draft, or choose a base that has them.",
+        )
+    decoder_parts = layers[dims.num_layers - 1].parts if dims.num_layers - 1 in layers else set()
+    for index in range(dims.num_layers, dims.num_layers + dims.num_mtp_layers):
+        if index not in layers:
+            log.add(
+                "error" if draft else "warning",
+                "mtp-missing",
+                _name_of(index, layers),
+                "config.json promises this MTP layer (num_nextn_predict_layers "
+                f"{dims.num_mtp_layers}), the files do not hold it: expected it for drafting. "
+                "Choose a base that has it, or set num_nextn_predict_layers to 0.",
+                noun="layers",
+            )
+            continue
+        absent = sorted((_MTP_PARTS | decoder_parts) - layers[index].parts)
+        if absent:
+            log.add(
+                "error",
+                "mtp-missing",
+                layers[index].name,
+                f"this MTP layer lacks {', '.join(absent)}, expected all of a decoder layer and "
+                f"{', '.join(sorted(_MTP_PARTS))}. Download the checkpoint again.",
+                noun="layers",
+            )
+
+
+def _compare_groups(
+    config: Mapping[str, Any], dims: ModelDims, place: str, log: FindingLog
+) -> None:
+    """Report routing in groups of experts (DeepSeek-V3, section 2.1.2) that cannot work."""
+    num_experts, num_groups = dims.num_experts, dims.num_expert_groups
+    if num_experts is None:
+        return
+    per_token, chosen = dims.experts_per_token, dims.num_chosen_groups
+    problems = []
+    if per_token is not None and not 0 < per_token <= num_experts:
+        problems.append(f"num_experts_per_tok is {per_token}, expected 1 to {num_experts}")
+    if num_groups is not None and num_groups > 1:
+        size, left = divmod(num_experts, num_groups)
+        if left:
+            problems.append(f"n_group is {num_groups}, expected a divisor of {num_experts} experts")
+        elif size < 2 and config.get("topk_method") == "noaux_tc":
+            problems.append(
+                f"n_group is {num_groups}, expected 2 or more experts in each: noaux_tc ranks a "
+                f"group of the {num_experts} by its best two"
+            )
+        elif chosen is not None and not 0 < chosen <= num_groups:
+            problems.append(f"topk_group is {chosen}, expected 1 to {num_groups} (n_group)")
+        elif chosen is not None and per_token is not None and chosen * size < per_token:
+            problems.append(
+                f"topk_group is {chosen}: groups of {chosen * size} experts in all, expected "
+                f"{per_token} (num_experts_per_tok) or more"
+            )
+    for problem in problems:
+        log.add("error", "config-groups", place, f"{problem}. {_REMEDY}")
+
+
+def _compare_experts(layer: _Layer, is_moe: bool | None, num_experts: int, log: FindingLog) -> None:
+    stacked = {
+        module.name[: module.name.rindex("experts") + len("experts")]
+        for name, module in layer.modules.items()
+        if "experts" in name.split(".")
+        and any(len(tensor.shape) == 3 for tensor in module.tensors.values())
+    }
+    for name in sorted(stacked):
+        log.add(
+            "warning",
+            "experts-fused",
+            name,
+            "one tensor holds a projection of all experts, expected a module for each expert: "
+            "they can only be routed as a whole. To mix precisions within a layer use a "
+            "checkpoint that has such modules.",
+            noun="layers",
+        )
+    if not layer.experts:
+        if is_moe and not stacked:
+            log.add(
+                "error",
+                "config-experts",
+                layer.name,
+                f"the files hold no experts here, expected {num_experts} by config.json. {_REMEDY}",
+                noun="layers",
+            )
+        return
+    if is_moe is False:
+        log.add(
+            "error",
+            "config-experts",
+            layer.experts_name,
+            f"the files hold experts here, expected a dense MLP by config.json. {_REMEDY}",
+            noun="layers",
+        )
+    expected = set(range(num_experts))
+    found = set().union(*layer.experts.values())
+    if found != expected:
+        log.add(
+            "error",
+            "config-experts",
+            layer.experts_name,
+            f"the files hold {_describe_ids(found, expected)}, expected 0 to {num_experts - 1} by "
+            f"config.json. {_REMEDY}",
+            noun="layers",
+        )
+    for projection, ids in layer.experts.items():
+        for expert in sorted(found - ids):
+            log.add(
+                "error",
+                "config-experts",
+                f"{layer.experts_name}.{expert}",
+                f"lacks {projection}, which the layer's other experts have. Download the "
+                "checkpoint again.",
+                noun="experts",
+            )
+    _compare_router(layer, num_experts, log)
+
+
+def _describe_ids(found: set[int], expected: set[int]) -> str:
+    described = f"{len(found)} experts"
+    if absent := sorted(expected - found):
+        described += f", {absent[0]} not among them"
+    if beyond := sorted(found - expected):
+        described += f", {beyond[-1]} among them"
+    return described
+
+
+def _compare_router(layer: _Layer, num_experts: int, log: FindingLog) -> None:
+    block = layer.experts_name.removesuffix(".experts")[len(layer.name) + 1 :]
+    sizes = []
+    for leaf in sorted(ROUTER_NAMES):
+        router = layer.modules.get(f"{block}.{leaf}")
+        if router is not None and len(router.shape) == 2:
+            sizes.append((router.name, router.shape[0], "rows"))
+    for name in (block, *(f"{block}.{leaf}" for leaf in sorted(ROUTER_NAMES))):
+        module = layer.modules.get(name)
+        bias = module.tensors.get(_CORRECTION_BIAS) if module is not None else None
+        if bias is not None:
+            sizes.append((bias.name, bias.shape[0] if bias.shape else 0, "entries"))
+    for name, size, what in sizes:
+        if size != num_experts:
+            log.add(
+                "error",
+                "config-experts",
+                name,
+                f"has {size} {what}, expected {num_experts}, one an expert of config.json. "
+                f"{_REMEDY}",
+                noun="routers",
+            )
+
+
+def _compare_correction_bias(
+    layers: Mapping[int, _Layer], config: Mapping[str, Any], log: FindingLog
+) -> None:
+    """Report routers whose correction bias vLLM's DeepseekV2MoE would not build, or not find."""
+    builds = config.get("topk_method") == "noaux_tc"
+    for layer in layers.values():
+        router = layer.modules.get("mlp.gate")
+        if router is None or (_CORRECTION_BIAS in router.tensors) == builds:
+            continue
+        found = f"topk_method is {config.get('topk_method')!r} in config.json"
+        log.add(
+            "error",
+            "config-experts",
+            f"{router.name}.{_CORRECTION_BIAS}",
+            f"missing, expected it as {found}. {_REMEDY}"
+            if builds
+            else f"{found}, expected 'noaux_tc', without which vLLM builds no place for this "
+            "tensor. Set it.",
+            noun="tensors",
+        )
+
+
+def _compare_sizes(
+    layers: Mapping[int, _Layer], config: Mapping[str, Any], log: FindingLog
+) -> None:
+    for name, (code, factor, keys) in _ROWS.items():
+        sizes = [config.get(key) for key in (factor, *keys) if key is not None]
+        if not all(isinstance(size, int) for size in sizes):
+            continue
+        rows = sum(config[key] for key in keys) * (1 if factor is None else config[factor])
+        formula = " + ".join(keys)
+        if factor is not None:
+            formula = f"{factor} * ({formula})" if len(keys) > 1 else f"{factor} * {formula}"
+        for layer in layers.values():
+            module = layer.modules.get(name)
+            if module is None or module.problems or module.shape[0] == rows:
+                continue
+            log.add(
+                "error",
+                code,
+                module.name,
+                f"has {module.shape[0]} rows, expected {rows} ({formula} in config.json). "
+                f"{_REMEDY}",
+            )
+
+
+def _compare_indexers(layers: Mapping[int, _Layer], dims: ModelDims, log: FindingLog) -> None:
+    for index, layer in layers.items():
+        if dims.index_topk is None:
+            if any(indexer_name(module.name) for module in layer.modules.values()):
+                log.add(
+                    "error",
+                    "config-indexer",
+                    f"{layer.name}.{_INDEXER}",
+                    "the files hold an indexer, expected none as config.json has no index_topk: "
+                    f"vLLM would attend to every token. {_REMEDY}",
+                    noun="layers",
+                )
+        elif dims.builds_indexer(index):
+            absent = [part for part in _INDEXER_PARTS if f"{_INDEXER}.{part}" not in layer.modules]
+            if absent:
+                log.add(
+                    "error",
+                    "config-indexer",
+                    f"{layer.name}.{_INDEXER}",
+                    f"lacks {', '.join(absent)}, expected in every layer that selects tokens "
+                    "itself (index_topk_freq, index_topk_pattern or indexer_types in "
+                    f"config.json). {_REMEDY}",
+                    noun="layers",
+                )
+
+
+def _compare_schedules(
+    config: Mapping[str, Any], dims: ModelDims, place: str, log: FindingLog
+) -> None:
+    """Report settings that say differently which layers select tokens themselves."""
+    if dims.num_layers is None:
+        return
+    num_layers, problems = dims.num_layers, []
+    pattern, types = config.get("index_topk_pattern"), config.get("indexer_types")
+    every = config.get("index_topk_freq")
+    if isinstance(every, int) and every < 1:
+        problems.append(f"index_topk_freq is {every}, expected 1 or more")
+    for key, kinds, known in (
+        ("index_topk_pattern", pattern, {"F", "S"}),
+        ("indexer_types", types, {"full", "shared"}),
+    ):
+        if not kinds:
+            continue
+        if len(kinds) != num_layers:
+            problems.append(f"{key} has {len(kinds)} entries, expected {num_layers}, one a layer")
+        if strange := sorted({str(kind) for kind in kinds} - known):
+            problems.append(f"{key} holds {strange[0]!r}, expected {' or '.join(sorted(known))}")
+        elif kinds[0] in ("S", "shared"):
+            problems.append(f"{key} begins with {kinds[0]!r}, expected a layer with an indexer")
+    scheduled, typed = scheduled_indexers(config, num_layers), typed_indexers(config)
+    if not problems and scheduled is not None and typed is not None and scheduled != typed:
+        first = min(scheduled ^ typed)
+        says, other = ("full", "shared") if first in typed else ("shared", "full")
+        problems.append(
+            f"indexer_types has layer {first} {says}, expected {other} by "
+            f"{'index_topk_freq' if pattern is None else 'index_topk_pattern'}, which vLLM reads"
+        )
+    for problem in problems:
+        log.add("error", "config-indexer", place, f"{problem}. Correct config.json.")
