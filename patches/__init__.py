@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Defects of vLLM that are mended here, one module each.
 
-``PATCHES`` is the whole list. Each says what is broken, how it is mended, how to tell whether the
-installed vLLM has it, and when its module can be deleted. ``vllm-mixprec doctor`` prints their state.
-What a plan's loader makes impossible needs no patch; it is listed all the same, because users of
-whole checkpoints meet it.
+:func:`patches` is the whole list. Each says what is broken, how it is mended, how to tell whether
+the installed vLLM has it, and when its module can be deleted. ``vllm-mixprec doctor`` prints their
+state. What a plan's loader makes impossible needs no patch; it is listed all the same, because
+users of whole checkpoints meet it.
 """
 
 import importlib
@@ -46,7 +46,7 @@ class Patch:
 
 def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> None:
     """Mend in this process what a model needs and the installed vLLM does not do."""
-    names = []
+    names = ["reload_end"]
     if "DeepseekForCausalLM" in architectures:
         names.append("deepseek_mha_names")
     stages = vllm_config.parallel_config.pipeline_parallel_size
@@ -69,6 +69,7 @@ def patches() -> tuple[Patch, ...]:
         draft_stages,
         indexer_types,
         indexer_wk,
+        reload_end,
         vocabulary,
     )
 
@@ -80,5 +81,6 @@ def patches() -> tuple[Patch, ...]:
         indexer_wk.STAGES,
         indexer_wk.CALLS,
         indexer_wk.FORMATS,
+        reload_end.PATCH,
         vocabulary.PATCH,
     )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pipeline parallelism on the CPU without compilation: the second stage has no room for its input.
 
-``GPUModelRunner`` allocates the tensors that a stage receives in ``_dummy_run``, and asserts later that
-they are there. Without compilation the CPU's runner makes no dummy run (v1/worker/cpu_model_runner.py
-``warming_up_model``, vLLM 0.32 and 0.33), so --enforce-eager and a draft model, which turns compilation
-off, die of ``assert self.intermediate_tensors is not None``.
+``GPUModelRunner`` allocates the tensors that a stage receives in ``_dummy_run``, and asserts later
+that they are there. Without compilation the CPU's runner makes no dummy run (``warming_up_model``
+of v1/worker/cpu_model_runner.py, vLLM 0.32), so --enforce-eager and a draft model, which turns
+compilation off, die of ``assert self.intermediate_tensors is not None``.
 """
 
 import inspect
@@ -27,10 +27,9 @@ def _sync_and_gather_intermediate_tensors(self: Any, *args: Any, **kwargs: Any) 
 
 def needed() -> bool:
     """Whether the runner can reach a real step without having allocated them."""
-    return (
-        "assert self.intermediate_tensors is not None" in inspect.getsource(_STOCK)
-        and "CompilationMode.NONE" in inspect.getsource(CPUModelRunner.warming_up_model)
-    )
+    return "assert self.intermediate_tensors is not None" in inspect.getsource(
+        _STOCK
+    ) and "CompilationMode.NONE" in inspect.getsource(CPUModelRunner.warming_up_model)
 
 
 def apply() -> None:

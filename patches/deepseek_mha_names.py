@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek v1's attention linears have no name.
 
-``DeepseekAttention`` (models/deepseek_v2.py, vLLM 0.32 and 0.33) builds ``qkv_proj`` and ``o_proj``
-without a prefix, so a quantization config that decides by layer is asked about the layer "". The same
-was mended elsewhere as vllm#44817 (DeepSeek-V4's MTP layer).
+``DeepseekAttention`` (models/deepseek_v2.py, vLLM 0.32) builds ``qkv_proj`` and ``o_proj`` without
+a prefix, so a quantization config that decides by layer is asked about the layer "". The same was
+mended elsewhere as vllm#44817 (DeepSeek-V4's MTP layer).
 """
 
 import inspect
@@ -69,8 +69,8 @@ def apply() -> None:
 PATCH = Patch(
     name="deepseek_mha_names",
     issues=("vllm#44817",),
-    broken="DeepSeek v1: qkv_proj and o_proj are built without a name, so no layer of them can have "
-    "a format of its own",
+    broken="DeepSeek v1: qkv_proj and o_proj are built without a name, so no layer of them can "
+    "have a format of its own",
     mended="a subclass names them",
     needed=needed,
     apply=apply,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A draft model under pipeline parallelism: only the last stage has one, every stage asks for it.
 
-``GPUModelRunner`` (v1/worker/gpu_model_runner.py, vLLM 0.32 and 0.33), from which the CPU's runner is
+``GPUModelRunner`` (v1/worker/gpu_model_runner.py, vLLM 0.32), from which the CPU's runner is
 derived, makes ``self.drafter`` on the last stage only, and reads it wherever speculative decoding is
 on: AttributeError in ``initialize_metadata_builders`` and others on every other stage.
 """
@@ -50,5 +50,5 @@ PATCH = Patch(
     mended="stages without a draft get one that does nothing",
     needed=needed,
     apply=apply,
-    remove_when="the V1 runner asks get_pp_group().is_last_rank wherever it reads the draft, or is gone",
+    remove_when="the V1 runner asks for the last stage wherever it reads the draft, or is gone",
 )

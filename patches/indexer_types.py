@@ -3,7 +3,7 @@
 
 GLM-5.2 lists for each layer whether it runs its own indexer ("full") or reuses the selection of the
 layer before ("shared"), and ships indexers for the former only. ``DeepseekV2MLAAttention`` of vLLM
-0.32 and 0.33 reads ``index_topk_pattern`` and ``index_topk_freq`` and nothing else, and builds an
+0.32 reads ``index_topk_pattern`` and ``index_topk_freq`` and nothing else, and builds an
 indexer that no tensor fills where a config gives ``indexer_types`` alone.
 """
 

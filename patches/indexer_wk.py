@@ -81,8 +81,8 @@ STAGES = Patch(
 CALLS = Patch(
     name="indexer_wk_calls",
     issues=("vllm#46168",),
-    broken="wk and its scale in two load_weights calls: never loaded, NaN (MTP and CUDA models; the "
-    "generic model of 0.32 keeps them)",
+    broken="wk and its scale in two load_weights calls: never loaded, NaN (MTP and CUDA models; "
+    "the generic model of 0.32 keeps them)",
     mended=_MENDED,
     needed=_forgets_between_calls,
     apply=None,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.routing.headers import GLM_5, glm_header, write_checkpoint
 from vllm_mixprec import Plan, check
 from vllm_mixprec.cli import main
 from vllm_mixprec.routing.kernels import Platform
@@ -191,6 +192,16 @@ def test_config_resolves_and_takes_what_its_comment_says(
     assert report.findings == ()
     assert max(report.bytes_per_rank) / GIB == pytest.approx(gib_a_rank, abs=0.05)
     assert f"{gib_a_rank:g} GiB" in file.read_text()
+
+
+def test_glm_config_takes_what_its_comment_says(tmp_path):
+    for form, name in (("bf16", "GLM-5.1"), ("fp8", "GLM-5.1-FP8")):
+        write_checkpoint(tmp_path / "zai-org" / name, GLM_5, glm_header(GLM_5, form == "fp8"), 8)
+    file = CONFIGS / "glm-5.1_8x141gb.yaml"
+    report = _check(file, tmp_path, "cuda-90", pipeline_parallel_size=8, draft=True)
+    assert {finding.code for finding in report.findings} == {"layer-unquantized"}
+    first, *others = (size / GIB for size in report.bytes_per_rank)
+    assert (first, min(others), max(others)) == pytest.approx((58.3, 92.4, 97.5), abs=0.05)
 
 
 # --- the notebook ---------------------------------------------------------------------------------

@@ -338,6 +338,10 @@ COUPLINGS: tuple[Coupling, ...] = (
         "fills a parameter that has no loader of its own",
         ("param", "loaded_weight"),
     ),
+    Coupling(
+        f"{_LOADER}.mtp_validation:disable_mtp_completeness_check",
+        "lets a draft take its layers' weights over several calls",
+    ),
     Coupling(f"{_MODELS}.utils:PPMissingLayer", "stands for a layer of another pipeline stage"),
     Coupling(f"{_MODELS}.utils:StageMissingLayer", "stands for a part that is not loaded"),
     Coupling(

@@ -68,6 +68,8 @@ def _hook_start() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
+    from vllm_mixprec.models.dsa import INDEXER_KEY
+
     class PrepareMixPrec(VerifyAndUpdateConfig):
         @classmethod
         def verify_and_update_model_config(cls, model_config: "ModelConfig") -> None:
@@ -78,7 +80,9 @@ def _hook_start() -> None:
 
         @classmethod
         def verify_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-            super().verify_and_update_config(vllm_config)
+            # vLLM's own for DeepSeek-V3.2 insists on the index_topk that serve_dense takes away.
+            if not hasattr(vllm_config.model_config.hf_config, INDEXER_KEY):
+                super().verify_and_update_config(vllm_config)
             if vllm_config.model_config.quantization == "mixprec":
                 from vllm_mixprec.start import prepare
 

@@ -196,6 +196,11 @@ def test_correction_bias_that_is_missing(tmp_path: Path) -> None:
     expect_error(check_tiny(tmp_path, drop(name)), "config-experts", name, "missing, expected it")
 
 
+def test_architecture_that_no_plan_can_follow(tmp_path: Path) -> None:
+    report = check_tiny(tmp_path, changes={"architectures": ["GptOssForCausalLM"]})
+    expect_config_error(report, tmp_path, "architecture-unmixable", "GptOssForCausalLM")
+
+
 def test_stacked_experts_can_only_be_routed_as_a_whole(tmp_path: Path) -> None:
     def stack(header: Header) -> None:
         drop(EXPERTS)(header)
@@ -241,19 +246,19 @@ def test_groups_that_fit(tmp_path: Path) -> None:
             "self_attn.q_b_proj",
             512,
             "config-attention",
-            "expected 256 (num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)",
+            "expected 256 rows (num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)",
         ),
         ("self_attn.kv_b_proj", 256, "config-attention", "expected 384"),
         ("self_attn.kv_a_proj_with_mqa", 128, "config-attention", "expected 192"),
-        ("self_attn.q_a_proj", 256, "config-attention", "expected 128 (q_lora_rank"),
+        ("self_attn.q_a_proj", 256, "config-attention", "expected 128 rows (q_lora_rank"),
         (
             "self_attn.indexer.wq_b",
             128,
             "config-indexer",
-            "expected 512 (index_n_heads * index_head_dim",
+            "expected 512 rows (index_n_heads * index_head_dim",
         ),
-        ("self_attn.indexer.wk", 64, "config-indexer", "expected 128 (index_head_dim"),
-        ("self_attn.indexer.weights_proj", 8, "config-indexer", "expected 4 (index_n_heads"),
+        ("self_attn.indexer.wk", 64, "config-indexer", "expected 128 rows (index_head_dim"),
+        ("self_attn.indexer.weights_proj", 8, "config-indexer", "expected 4 rows (index_n_heads"),
     ],
 )
 def test_rows_that_the_config_contradicts(
@@ -261,7 +266,7 @@ def test_rows_that_the_config_contradicts(
 ) -> None:
     module = f"{LAYER}.{name}"
     report = check_tiny(tmp_path, reshape(f"{module}.weight", rows, 256))
-    expect_error(report, code, module, f"has {rows} rows, {said}")
+    expect_error(report, code, module, f"has shape [{rows}, 256], {said}")
 
 
 def test_indexer_without_index_topk(tmp_path: Path) -> None:
@@ -288,6 +293,8 @@ def test_indexer_that_no_layer_builds_may_be_missing(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"index_topk_freq": 0}, "index_topk_freq is 0, expected 1 or more"),
+        ({"index_topk_pattern": 4}, "index_topk_pattern is 4, expected 4 entries, one a layer"),
+        ({"indexer_types": []}, "indexer_types has 0 entries, expected 4"),
         ({"index_topk_pattern": "FFF"}, "index_topk_pattern has 3 entries, expected 4"),
         ({"index_topk_pattern": "FXFF"}, "index_topk_pattern holds 'X', expected F or S"),
         ({"index_topk_pattern": "SFFF"}, "begins with 'S', expected a layer with an indexer"),

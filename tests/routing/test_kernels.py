@@ -39,8 +39,8 @@ def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -
     [
         (CPU, Scheme("fp8_block", 8, block=(128, 64)), (256, 256), "not 128x64"),
         (CPU, Scheme("fp8_block", 8, block=(16, 128)), (256, 256), "not 16x128"),
-        (CPU, replace(FP8, scale_format="e8m0"), (256, 256), "float scales, not e8m0"),
-        (CUDA, replace(FP8, scale_format="e8m0"), (256, 256), "float scales, not e8m0"),
+        (CPU, replace(FP8, scale_format="e8m0"), (256, 256), "floating-point scales, not e8m0"),
+        (CUDA, replace(FP8, scale_format="e8m0"), (256, 256), "floating-point scales, not e8m0"),
         (CPU, FP8, (264, 256), "N=264"),
         (CPU, FP8, (256, 192), "K=192"),
         (CPU, Scheme("gptq", 8, group_size=128), (256, 256), "4 bits, not 8"),

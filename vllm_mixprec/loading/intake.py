@@ -10,8 +10,8 @@ straight to the layer that holds them; the rest goes on to the model.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from torch.nn import Module
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
 from vllm_mixprec.checkpoint.dequantize import dequantize
 from vllm_mixprec.errors import RouteError
@@ -31,7 +31,8 @@ class Intake:
 
     Args:
         load: the model's own ``load_weights``.
-        known: every module of the base; a tensor of another one is an error.
+        known: the modules that are routed; a tensor of another one is an error.
+        unserved: whether no rank ever loads a module, so that it need not be routed.
         held: the routes of the modules that this rank holds, by module; others are passed over.
         experts: the base's name of an expert layer -> the layer.
         dtype: of widened weights.
@@ -44,8 +45,10 @@ class Intake:
         held: Mapping[str, Route],
         experts: Mapping[str, RoutedExperts],
         dtype: torch.dtype,
+        unserved: Callable[[str], bool] = lambda module: False,
     ) -> None:
         self._load = load
+        self._unserved = unserved
         self._known = known
         self._held = held
         self._experts = experts
@@ -62,19 +65,22 @@ class Intake:
             RouteError: a tensor that the base does not have, or one that came twice.
         """
         whole = self._assemble(weights)
-        return self._load(self._divert(whole if ledger is None else ledger.feed(whole)))
+        # A draft's own loader wants a parameter of each layer in every call, and sees no experts.
+        with disable_mtp_completeness_check():
+            return self._load(self._divert(whole if ledger is None else ledger.feed(whole)))
 
     def close(self) -> None:
-        """Make sure that nothing waits for a companion any more.
+        """Make sure that nothing waits for a companion any more; what does is forgotten.
 
         Raises:
             RouteError: a weight came without its scales, or the reverse.
         """
-        for module, parts in self._waiting.items():
+        waiting, self._waiting = self._waiting, {}
+        for module, parts in waiting.items():
             missing = sorted(_companions(self._held[module]) - parts.keys())
             raise RouteError(
                 f"{module}: {', '.join(sorted(parts))} came, but {', '.join(missing)} never did; "
-                f"expected both, to dequantise the module ({len(self._waiting)} modules wait). "
+                f"expected both, to dequantise the module ({len(waiting)} modules wait). "
                 "Feed every tensor of the module, or route it to a complete source"
             )
 
@@ -106,7 +112,7 @@ class Intake:
                 yield f"{module}.{_LAYERS_NAME.get((route.served.format, suffix), suffix)}", tensor
 
     def _require_known(self, name: str, module: str) -> None:
-        if module not in self._known:
+        if module not in self._known and not self._unserved(module):
             raise RouteError(
                 f"{name}: the base has no such tensor; expected its names, such as "
                 f"{next(iter(self._known), 'none')}. Rename it"

@@ -5,7 +5,7 @@ vLLM's loaders skip what they do not know by suffix, and leave what nobody fille
 both stop the start, with the name.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,8 +26,10 @@ class Ledger:
     weight loader wrote a parameter. The models' loaders consume one tensor at a time.
     """
 
-    def __init__(self, model: Module) -> None:
+    def __init__(self, model: Module, lent: Collection[str] = ()) -> None:
+        """Watch ``model``; ``lent`` parameters are replaced by another model's after loading."""
         self._model = model
+        self._lent = lent
         self._current = ""
         self._taken: dict[str, int] = {}
         # parameter name -> (shard, expert) -> tensor that filled it
@@ -35,6 +37,11 @@ class Ledger:
         self._restore: list[Callable[[], None]] = []
         for name, parameter in model.named_parameters():
             self._watch_parameter(name, parameter)
+
+    def release(self) -> None:
+        """Take the watch off; more than once does no harm."""
+        while self._restore:
+            self._restore.pop()()
 
     def feed(
         self, stream: Iterable[tuple[str, torch.Tensor]]
@@ -49,13 +56,12 @@ class Ledger:
         self._current = ""
 
     def close(self) -> None:
-        """Check both sides and take the watch off.
+        """Take the watch off and check both sides.
 
         Raises:
             RouteError: a tensor that nothing took, or a parameter not filled, or only in part.
         """
-        for restore in self._restore:
-            restore()
+        self.release()
         lost = [name for name, count in self._taken.items() if count == 0]
         if lost:
             raise RouteError(
@@ -80,11 +86,13 @@ class Ledger:
             )
 
     def _is_unused(self, name: str) -> bool:
-        """Whether no checkpoint holds this parameter.
+        """Whether no checkpoint has to hold this parameter.
 
         vLLM's GPTQ experts register zero biases whether the model has any or not
         (quantization/auto_gptq.py AutoGPTQMoEMethod.create_weights, 0.32).
         """
+        if name in self._lent:
+            return True
         module = self._model.get_submodule(name.rpartition(".")[0])
         is_bias = name.endswith(("w13_bias", "w2_bias"))
         return is_bias and isinstance(module, RoutedExperts) and not module.moe_config.has_bias
@@ -115,16 +123,23 @@ class Ledger:
 
     def _watch_parameter(self, name: str, parameter: Parameter) -> None:
         loader = getattr(parameter, "weight_loader", default_weight_loader)
+        of_experts = isinstance(self._model.get_submodule(name.rpartition(".")[0]), RoutedExperts)
+        arguments = ("weight_name", "shard_id", "expert_id") if of_experts else ("loaded_shard_id",)
 
         def watched(
             param: Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
         ) -> Any:
             result = loader(param, loaded_weight, *args, **kwargs)
             if result is not False:
-                shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
-                if shard is None:
+                told = dict(zip(arguments, args, strict=False)) | kwargs
+                shard = told.get("shard_id", told.get("loaded_shard_id"))
+                if shard is None:  # a WeightsMapper marks the tensor
                     shard = getattr(loaded_weight, "shard_id", None)
-                self._record(name, (shard, kwargs.get("expert_id")))
+                experts = [told.get("expert_id")]
+                if loaded_weight.dim() == 3 and parameter.dim() == 3:  # all experts in one tensor
+                    experts = list(range(len(parameter)))
+                for expert in experts:
+                    self._record(name, (shard, expert))
             return result
 
         # vLLM's own parameter classes keep the loader behind a read-only property.

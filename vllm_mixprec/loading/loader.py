@@ -9,7 +9,7 @@ import torch
 from torch.nn import Module
 from tqdm import tqdm
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -24,7 +24,7 @@ from vllm_mixprec.patches import apply_patches
 from vllm_mixprec.quant.config import LOAD_FORMAT, MixPrecConfig
 from vllm_mixprec.routing import Route
 from vllm_mixprec.routing.fused import parse_expert
-from vllm_mixprec.routing.structure import ModelDims, is_mtp_module, layer_index
+from vllm_mixprec.routing.structure import ModelDims, layer_index
 
 logger = init_logger("vllm.mixprec")
 
@@ -52,10 +52,12 @@ class MixPrecLoader(BaseModelLoader):
         prepare = PREPARE.get(type(model).__name__)
         if prepare is not None:
             prepare(model)
+        dims = ModelDims.from_config(config.table.base_config)
         runners = [module for module in model.modules() if isinstance(module, MoERunner)]
         model.mixprec_intake = Intake(
             load=model.load_weights,
             known=config.table.routes,
+            unserved=lambda module: dims.is_known(module) and not dims.is_loaded(module),
             held={route.module: route for route in rank_routes(model, config)},
             experts={
                 layer: runner.routed_experts
@@ -75,10 +77,14 @@ class MixPrecLoader(BaseModelLoader):
             RouteError: a tensor was loaded nowhere or twice, or a parameter not at all.
         """
         begun = time.perf_counter()
-        ledger = Ledger(model)
-        model.load_weights(self.get_all_weights(model_config, model), ledger)
-        model.mixprec_intake.close()
-        ledger.close()
+        config = _plan_config(get_current_vllm_config())
+        ledger = Ledger(model, lent_parameters(model, config))
+        try:
+            model.load_weights(self.get_all_weights(model_config, model), ledger)
+            model.mixprec_intake.close()
+            ledger.close()
+        finally:
+            ledger.release()
         logger.info("mixprec weights loaded in %.2f s", time.perf_counter() - begun)
 
     def get_all_weights(
@@ -123,11 +129,7 @@ def rank_routes(model: Module, config: MixPrecConfig) -> list[Route]:
     """Return the routes of the modules that this rank's part of ``model`` holds."""
     held = _held(model, config)
     routes = config.table.routes
-    return [
-        routes[module]
-        for name, module in config.base_names.items()
-        if held(name)
-    ]
+    return [routes[module] for name, module in config.base_names.items() if held(name)]
 
 
 def _held(model: Module, config: MixPrecConfig) -> Callable[[str], bool]:
@@ -150,25 +152,20 @@ def _held(model: Module, config: MixPrecConfig) -> Callable[[str], bool]:
         for module in modules.values()
         if isinstance(module, MoERunner)
     }
-    layers = {int(found[1]) for name in modules if (found := _LAYER.search(name))}
-    is_draft = bool(layers) and all(dims.is_mtp_layer(layer) for layer in layers)
-    own_embeddings = is_draft and any(
-        name.endswith(".embed_tokens") and layer_index(name) is not None
-        for name in config.base_names
-    )
+    layers = _layers(modules)
+    draft = is_own_draft(model, config)
+    lent = lent_parameters(model, config)
     tied = getattr(model.config, "tie_word_embeddings", False)
 
     def held(name: str) -> bool:
         if f"{name}.".startswith(missing) or (tied and name.endswith("lm_head")):
             return False
-        layer = layer_index(name)
-        if layer is None:
-            if is_mtp_module(name):
-                return False
-            return not is_draft or (name in modules and not own_embeddings)
-        if layer not in layers and (is_draft or dims.is_mtp_layer(layer)):
+        if not dims.is_loaded(name, draft):
             return False
-        if ".indexer." in name and not dims.builds_indexer(layer):
+        layer = layer_index(name)
+        if draft and (name not in modules if layer is None else layer not in layers):
+            return False
+        if f"{name}.weight" in lent:
             return False
         expert = parse_expert(name)
         if expert is None or expert.layer not in maps:
@@ -176,6 +173,33 @@ def _held(model: Module, config: MixPrecConfig) -> Callable[[str], bool]:
         return bool(maps[expert.layer].is_local_expert(expert.expert))
 
     return held
+
+
+def _layers(modules: Iterable[str]) -> set[int]:
+    """Numbers of the decoder or MTP layers among a model's modules."""
+    return {int(found[1]) for name in modules if (found := _LAYER.search(name))}
+
+
+def is_own_draft(model: Module, config: MixPrecConfig) -> bool:
+    """Whether a model is the base's next-token predictors, built as a draft."""
+    dims = ModelDims.from_config(config.table.base_config)
+    layers = _layers(name for name, _ in model.named_modules())
+    return bool(layers) and all(dims.is_mtp_layer(layer) for layer in layers)
+
+
+def lent_parameters(model: Module, config: MixPrecConfig) -> set[str]:
+    """Parameters of a draft that vLLM replaces by the target's when both are loaded.
+
+    v1/spec_decode/llm_base_proposer.py ``_maybe_share_lm_head`` and ``_maybe_share_embeddings``,
+    v1/worker/gpu/spec_decode/eagle/utils.py (0.32): the head of every predictor, and on a single
+    pipeline stage the embeddings. What a checkpoint repeats of them need not be read.
+    """
+    if not is_own_draft(model, config):
+        return set()
+    lent = ("shared_head.head.weight",)
+    if get_pp_group().world_size == 1:
+        lent += ("embed_tokens.weight",)
+    return {name for name, _ in model.named_parameters() if name.endswith(lent)}
 
 
 def summarise(routes: Iterable[Route]) -> list[str]:

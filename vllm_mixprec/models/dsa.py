@@ -76,29 +76,22 @@ def serve_dense(model_config: ModelConfig) -> None:
     asked = model_config.original_max_model_len
     if asked not in (None, -1) and asked > topk:
         raise UnsupportedError(
-            f"--max-model-len {asked}: vLLM has no sparse attention on {current_platform.device_name}"
-            f", and without it {config.architectures[0]} is exact only while its indexer would "
+            f"--max-model-len {asked}: no sparse attention on {current_platform.device_name}, "
+            f"and without it {config.architectures[0]} is exact only while its indexer would "
             f"select every token (index_topk {topk}); expected at most {topk}. Lower "
             "--max-model-len, or serve on a GPU"
         )
-    if model_config.max_model_len > topk:
+    if model_config.runner_type != "draft":  # of which the same was said as the target
         logger.warning(
             "%s: no sparse attention on %s; served with dense MLA, which is exact while the "
-            "indexer would select every token: max_model_len %d -> %d (index_topk)",
+            "indexer would select every token: max_model_len %d -> %d (index_topk %d)",
             config.architectures[0],
             current_platform.device_name,
             model_config.max_model_len,
+            min(model_config.max_model_len, topk),
             topk,
         )
-        model_config.max_model_len = topk
-    else:
-        logger.info(
-            "%s: no sparse attention on %s; served with dense MLA, exact up to %d tokens "
-            "(index_topk)",
-            config.architectures[0],
-            current_platform.device_name,
-            topk,
-        )
+    model_config.max_model_len = min(model_config.max_model_len, topk)
     kept = {
         key: value
         for key, value in sparse.items()

@@ -9,9 +9,9 @@ from vllm.model_executor.models.utils import PPMissingLayer
 def drop_vocabulary_of_other_stages(model: Module) -> None:
     """Free the embeddings, final norm and head on the pipeline stages that never use them.
 
-    vLLM 0.32 builds and loads all three on every stage of these models (models/mixtral.py, olmoe.py,
-    qwen2_moe.py, qwen3_moe.py), where its other models put a ``PPMissingLayer``: for Qwen3-30B-A3B
-    1.2 GB a stage. Tied embeddings stay, since the last stage's head is the first's embedding.
+    vLLM 0.32 builds and loads all three on every stage of these models (models/mixtral.py,
+    olmoe.py, qwen2_moe.py, qwen3_moe.py), where its other models put a ``PPMissingLayer``: for
+    Qwen3-30B-A3B 1.2 GB a stage. Tied embeddings stay, since the last stage's head is the first's embedding.
     """
     if model.config.tie_word_embeddings:
         return

@@ -187,6 +187,16 @@ def _gptq_v1_zeros(scheme: Scheme, zeros: torch.Tensor) -> torch.Tensor:
     return torch.full_like(zeros, GPTQ_SYMMETRIC_ZERO)
 
 
+def is_plain_silu(layer: "RoutedExperts") -> bool:
+    """Whether experts compute ``silu(gate) * up`` and no more, which is all that the kernels do."""
+    return (
+        layer.activation.value == "silu"
+        and layer.swiglu_limit in (None, 0)
+        and layer.swiglu_alpha in (None, 1)
+        and layer.swiglu_beta in (None, 0)
+    )
+
+
 class CpuExpertsMethod(FusedMoEMethodBase):
     """Routed experts of one format through ``fused_experts_cpu``; a subclass for each format."""
 
@@ -195,12 +205,13 @@ class CpuExpertsMethod(FusedMoEMethodBase):
     def __init__(self, scheme: Scheme, layer: "RoutedExperts") -> None:
         super().__init__(layer.moe_config)
         self.scheme = scheme
-        if self.moe.has_bias or layer.activation.value != "silu":
+        if self.moe.has_bias or not is_plain_silu(layer):
             raise UnsupportedError(
                 f"{layer.layer_name}: experts with activation {layer.activation.value!r}"
+                f"{'' if layer.swiglu_limit is None else f', clamped at {layer.swiglu_limit},'}"
                 f"{' and biases' if self.moe.has_bias else ''} have no {scheme.label} kernel on "
-                "this CPU; expected silu without biases. Route these experts to an unquantised "
-                "source only"
+                "this CPU; expected plain silu without biases. Route these experts to an "
+                "unquantised source only"
             )
         if layer.apply_router_weight_on_input:
             raise UnsupportedError(

@@ -81,7 +81,7 @@ def _fast_bf16(scheme: Scheme, layer: "RoutedExperts") -> bool:
     return (
         scheme.format == "bf16"
         and moe.in_dtype == torch.bfloat16
-        and layer.activation.value == "silu"
+        and cpu.is_plain_silu(layer)
         and not moe.has_bias
         and not layer.apply_router_weight_on_input
         and moe.hidden_dim % 32 == 0

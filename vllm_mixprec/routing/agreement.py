@@ -32,6 +32,10 @@ _INDEXER_PARTS = ("wq_b", "wk", "weights_proj", "k_norm")
 _MTP_PARTS = frozenset({"enorm", "hnorm", "eh_proj"})
 _CORRECTION_BIAS = "e_score_correction_bias"
 
+# Architectures whose vLLM class writes parameters past their loaders, so that nothing could tell a
+# tensor that is lost (models/gpt_oss.py, 0.32).
+_UNMIXABLE = frozenset({"GptOssForCausalLM"})
+
 # Module below a layer -> (code, factor, terms): its rows are the factor, if any, times the sum of
 # the terms, all keys of config.json. As vLLM's DeepseekV2MLAAttention and Indexer build them.
 _ROWS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
@@ -87,6 +91,15 @@ def compare_headers(checkpoint: Checkpoint, draft: bool, log: FindingLog) -> Non
     config = text_config(checkpoint.config)
     dims = ModelDims.from_config(checkpoint.config)
     place = str(checkpoint.path / "config.json")
+    unmixable = _UNMIXABLE.intersection(checkpoint.config.get("architectures") or ())
+    if unmixable:
+        log.add(
+            "error",
+            "architecture-unmixable",
+            place,
+            f"{min(unmixable)} cannot be mixed: vLLM's class for it writes its weights in a way "
+            "that no plan can follow. Serve the checkpoint as it is.",
+        )
     layers = _gather_layers(checkpoint.modules.values())
     _compare_layers(layers, dims, log)
     has_mtp_modules = any(is_mtp_module(name) for name in checkpoint.modules)
@@ -274,8 +287,8 @@ def _compare_experts(layer: _Layer, is_moe: bool | None, num_experts: int, log: 
             "experts-fused",
             name,
             "one tensor holds a projection of all experts, expected a module for each expert: "
-            "they can only be routed as a whole. To mix precisions within a layer use a "
-            "checkpoint that has such modules.",
+            "they can only be served as a whole and unquantised. To mix precisions within a layer "
+            "use a base that has such modules.",
             noun="layers",
         )
     if not layer.experts:
@@ -388,13 +401,14 @@ def _compare_sizes(
             formula = f"{factor} * ({formula})" if len(keys) > 1 else f"{factor} * {formula}"
         for layer in layers.values():
             module = layer.modules.get(name)
-            if module is None or module.problems or module.shape[0] == rows:
+            if module is None or module.problems or module.shape[:1] == (rows,):
                 continue
             log.add(
                 "error",
                 code,
                 module.name,
-                f"has {module.shape[0]} rows, expected {rows} ({formula} in config.json). "
+                f"has shape {list(module.shape)}, expected {rows} rows ({formula} in "
+                "config.json). "
                 f"{_REMEDY}",
             )
 
@@ -440,13 +454,16 @@ def _compare_schedules(
         ("index_topk_pattern", pattern, {"F", "S"}),
         ("indexer_types", types, {"full", "shared"}),
     ):
-        if not kinds:
+        if kinds is None:
+            continue
+        if not isinstance(kinds, (str, list)):
+            problems.append(f"{key} is {kinds!r}, expected {num_layers} entries, one a layer")
             continue
         if len(kinds) != num_layers:
             problems.append(f"{key} has {len(kinds)} entries, expected {num_layers}, one a layer")
         if strange := sorted({str(kind) for kind in kinds} - known):
             problems.append(f"{key} holds {strange[0]!r}, expected {' or '.join(sorted(known))}")
-        elif kinds[0] in ("S", "shared"):
+        elif kinds and kinds[0] in ("S", "shared"):
             problems.append(f"{key} begins with {kinds[0]!r}, expected a layer with an indexer")
     scheduled, typed = scheduled_indexers(config, num_layers), typed_indexers(config)
     if not problems and scheduled is not None and typed is not None and scheduled != typed:

@@ -102,8 +102,6 @@ def _cuda_fp8_block(platform: Platform, scheme: Scheme, n: int, k: int) -> str |
     # Marlin from compute 8.0, native from 8.9; both are built for DeepSeek's 128x128.
     if platform.compute_capability < 80:
         return "it needs compute capability 8.0"
-    if scheme.scale_format != "float":
-        return f"it takes float scales, not {scheme.scale_format}"
     if scheme.block != (128, 128):
         block = "x".join(str(size) for size in scheme.block or ())
         return f"it takes blocks of 128x128, not {block}"

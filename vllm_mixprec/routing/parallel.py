@@ -121,7 +121,8 @@ def split_layers(num_layers: int, pp_size: int) -> tuple[int, ...]:
         RouteError: VLLM_PP_LAYER_PARTITION does not fit, or there are fewer layers than stages.
     """
     override = os.environ.get(PP_PARTITION_VARIABLE)
-    if override is not None:
+    # Of one stage it can only be meant for another run: compose and check are given no layout.
+    if override is not None and pp_size > 1:
         try:
             stages = tuple(int(part) for part in override.split(","))
         except ValueError:

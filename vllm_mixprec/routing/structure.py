@@ -93,6 +93,15 @@ class ModelDims:
             self.num_layers <= index < self.num_layers + self.num_mtp_layers
         )
 
+    def is_known(self, module: str) -> bool:
+        """Whether a module is in no layer, or in one that the config counts."""
+        index = layer_index(module)
+        return (
+            index is None
+            or self.num_layers is None
+            or (index < self.num_layers + self.num_mtp_layers)
+        )
+
     def builds_indexer(self, index: int) -> bool:
         """Whether vLLM builds a layer's indexer; it drops the indexer tensors of the others."""
         return self.indexer_layers is None or index in self.indexer_layers
@@ -171,7 +180,7 @@ def _moe_layers(
             return frozenset(i for i in layers if kinds[i] == sparse)
     step = _integer(text, "decoder_sparse_step")
     if step:  # qwen3_moe.py
-        dense = text.get("mlp_only_layers") or ()
+        dense = text["mlp_only_layers"] if isinstance(text.get("mlp_only_layers"), list) else ()
         return frozenset(i for i in layers if (i + 1) % step == 0 and i not in dense)
     return None
 
@@ -198,15 +207,18 @@ def scheduled_indexers(text: Mapping[str, Any], num_layers: int) -> frozenset[in
     """Layers with an indexer by ``index_topk_pattern`` or ``index_topk_freq``; None without."""
     pattern, every = text.get("index_topk_pattern"), _integer(text, "index_topk_freq")
     layers = range(num_layers)
-    if pattern is not None:
+    if isinstance(pattern, (str, list)):
         return frozenset(i for i in layers if i >= len(pattern) or pattern[i] != "S")
     if every is None:
         return None
-    offset = text.get("index_skip_topk_offset", 2)
+    given = _integer(text, "index_skip_topk_offset")
+    offset = 2 if given is None else given
     return frozenset(i for i in layers if max(i - offset + 1, 0) % max(every, 1) == 0)
 
 
 def typed_indexers(text: Mapping[str, Any]) -> frozenset[int] | None:
     """Layers with an indexer by transformers' ``indexer_types``; None without."""
     types = text.get("indexer_types")
-    return frozenset(i for i, kind in enumerate(types) if kind != "shared") if types else None
+    if not isinstance(types, list):
+        return None
+    return frozenset(i for i, kind in enumerate(types) if kind != "shared")
