@@ -52,6 +52,9 @@ def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> No
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if vllm_config.speculative_config is not None and stages > 1:
         names.append("draft_stages")
+    model = vllm_config.model_config
+    if current_platform.is_cpu() and model is not None and model.use_mla:
+        names.append("cpu_rotary")
     if current_platform.is_cpu() and stages > 1:
         names.append("cpu_stages")
     for name in names:
@@ -64,6 +67,7 @@ def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> No
 def patches() -> tuple[Patch, ...]:
     """Return every patch; imports vLLM's models."""
     from vllm_mixprec.patches import (
+        cpu_rotary,
         cpu_stages,
         deepseek_mha_names,
         draft_stages,
@@ -74,6 +78,7 @@ def patches() -> tuple[Patch, ...]:
     )
 
     return (
+        cpu_rotary.PATCH,
         cpu_stages.PATCH,
         deepseek_mha_names.PATCH,
         draft_stages.PATCH,

@@ -2,8 +2,8 @@
 """A draft model under pipeline parallelism: only the last stage has one, every stage asks for it.
 
 ``GPUModelRunner`` (v1/worker/gpu_model_runner.py, vLLM 0.32), from which the CPU's runner is
-derived, makes ``self.drafter`` on the last stage only, and reads it wherever speculative decoding is
-on: AttributeError in ``initialize_metadata_builders`` and others on every other stage.
+derived, makes ``self.drafter`` on the last stage only, and reads it wherever speculative decoding
+is on: AttributeError in ``initialize_metadata_builders`` and others on every other stage.
 """
 
 import inspect

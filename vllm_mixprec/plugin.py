@@ -2,7 +2,7 @@
 """``register()``: the only place that touches vLLM's registries.
 
 vLLM calls it in the front end, the engine core and every worker, maybe more than once, and logs
-and swallows what it raises; so it imports little and registers classes that explain themselves.
+and swallows what it raises; so it imports no model and registers classes that explain themselves.
 """
 
 import sys

@@ -33,7 +33,7 @@ logger = init_logger("vllm.mixprec")
 
 
 def prepare_model(model_config: ModelConfig) -> None:
-    """Adapt the config of a DSA model, mixed or not, before vLLM derives anything from it.
+    """Adapt the config of a DSA model, mixed or not, before an engine's config is made of it.
 
     Raises:
         UnsupportedError: more context is asked for than can be served here.
@@ -105,6 +105,9 @@ def _prepare_draft(
         draft = speculative.draft_model_config
         draft.quantization = METHOD
         setattr(draft.hf_config, OVERRIDE_KEY, str(plan))
+        if speculative.draft_load_config is not None:
+            logger.warning("draft_load_config is not used: the plan routes the MTP layers too")
+            speculative.draft_load_config = None
     elif speculative.draft_load_config is None:
         speculative.draft_load_config = replace(load_config, load_format="auto")
 

@@ -423,7 +423,7 @@ def leaving_out(serving: Serving, *names: str) -> MixPrecLoader:
         ("0.wk.weight", r"^{0}\.wk: weight_scale came, but weight never did"),
         ("1.wk.qzeros", r"^{1}\.wk: g_idx, qweight, scales came, but qzeros never did"),
         ("0.weights_proj.weight", r"^{0}\.wk_weights_proj\.weight \(1 of 2 parts\): no source"),
-        ("1.k_norm.bias", r"^{1}\.k_norm\.bias: no source's tensor filled it"),
+        ("1.k_norm.bias", r"^{1}\.k_norm: weight came, but bias never did"),
         ("1.wq_b.weight", r"^{1}\.wq_b\.weight: no source's tensor filled it"),
     ],
 )

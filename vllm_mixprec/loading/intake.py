@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
 from vllm_mixprec.checkpoint.dequantize import dequantize
-from vllm_mixprec.errors import RouteError
+from vllm_mixprec.errors import MixPrecError, RouteError
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.quant.experts import load_expert
 from vllm_mixprec.routing import Route
@@ -50,10 +50,11 @@ class Intake:
         self._load = load
         self._unserved = unserved
         self._known = known
-        self._held = held
+        self.held = held
         self._experts = experts
         self._dtype = dtype
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._came: dict[str, set[str]] = {}  # module -> suffixes since the last close
 
     def load_weights(self, weights: Weights, ledger: Ledger | None = None) -> set[str]:
         """Load tensors; what is incomplete waits for the next call.
@@ -70,25 +71,27 @@ class Intake:
             return self._load(self._divert(whole if ledger is None else ledger.feed(whole)))
 
     def close(self) -> None:
-        """Make sure that nothing waits for a companion any more; what does is forgotten.
+        """Make sure that every module came whole or not at all; what waits is forgotten.
 
         Raises:
             RouteError: a weight came without its scales, or the reverse.
         """
-        waiting, self._waiting = self._waiting, {}
-        for module, parts in waiting.items():
-            missing = sorted(_companions(self._held[module]) - parts.keys())
+        came, self._came, self._waiting = self._came, {}, {}
+        broken = [module for module, got in came.items() if got != self.held[module].tensors.keys()]
+        for module in broken:
+            got = came[module]
+            missing = sorted(self.held[module].tensors.keys() - got)
             raise RouteError(
-                f"{module}: {', '.join(sorted(parts))} came, but {', '.join(missing)} never did; "
-                f"expected both, to dequantise the module ({len(waiting)} modules wait). "
-                "Feed every tensor of the module, or route it to a complete source"
+                f"{module}: {', '.join(sorted(got))} came, but {', '.join(missing)} never did; "
+                f"expected the whole module (so {len(broken)} modules). Feed every tensor of the "
+                "module, or route it to a complete source"
             )
 
     def _assemble(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) as the layers expect them; dequantise what is widened."""
         for name, tensor in weights:
             module, _, suffix = name.rpartition(".")
-            route = self._held.get(module)
+            route = self.held.get(module)
             if route is None:
                 self._require_known(name, module)
                 continue
@@ -98,6 +101,7 @@ class Intake:
                     f"{', '.join(route.tensors)} of this module. Feed the tensors of the source "
                     "that the plan routes the module to"
                 )
+            self._came.setdefault(module, set()).add(suffix)
             if suffix == "g_idx" or (route.widened and suffix != "bias"):
                 parts = self._waiting.setdefault(module, {})
                 if suffix in parts:
@@ -128,7 +132,13 @@ class Intake:
             return
         if len(parts) == len(_companions(route)):
             del self._waiting[route.module]
-            yield f"{route.module}.weight", dequantize(route.stored, parts, self._dtype)
+            yield f"{route.module}.weight", self._dequantize(route, parts)
+
+    def _dequantize(self, route: Route, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        try:
+            return dequantize(route.stored, parts, self._dtype)
+        except MixPrecError as error:
+            raise type(error)(f"{route.module} of source {route.source!r}: {error}") from error
 
     def _divert(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """Load experts on the way, and yield the rest.

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
-from vllm_mixprec.errors import PlanError
+from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.loading.stream import read_tensors
@@ -67,6 +67,7 @@ class MixPrecLoader(BaseModelLoader):
             dtype=model_config.dtype,
         )
         model.load_weights = model.mixprec_intake.load_weights
+        model.mixprec_served = model_config.model
         return model
 
     def load_weights(self, model: Module, model_config: ModelConfig) -> None:
@@ -90,8 +91,19 @@ class MixPrecLoader(BaseModelLoader):
     def get_all_weights(
         self, model_config: ModelConfig, model: Module
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (base name, tensor as stored) for everything this rank holds, in file order."""
-        routes = rank_routes(model, _plan_config(get_current_vllm_config()))
+        """Yield (base name, tensor as stored) for everything this rank holds, in file order.
+
+        Raises:
+            UnsupportedError: vLLM asks for the weights of another directory, as its
+                ``reload_weights`` with a path does.
+        """
+        if model_config.model != model.mixprec_served:
+            raise UnsupportedError(
+                f"weights of {model_config.model} for a model served from {model.mixprec_served}; "
+                "expected the same, whose plan says where each tensor comes from. Compose another "
+                "directory and serve that"
+            )
+        routes = list(model.mixprec_intake.held.values())
         names = {
             (spec.file, spec.name): f"{route.module}.{suffix}"
             for route in routes
@@ -153,7 +165,7 @@ def _held(model: Module, config: MixPrecConfig) -> Callable[[str], bool]:
         if isinstance(module, MoERunner)
     }
     layers = _layers(modules)
-    draft = is_own_draft(model, config)
+    draft = _is_draft(model, config)
     lent = lent_parameters(model, config)
     tied = getattr(model.config, "tie_word_embeddings", False)
 
@@ -180,7 +192,7 @@ def _layers(modules: Iterable[str]) -> set[int]:
     return {int(found[1]) for name in modules if (found := _LAYER.search(name))}
 
 
-def is_own_draft(model: Module, config: MixPrecConfig) -> bool:
+def _is_draft(model: Module, config: MixPrecConfig) -> bool:
     """Whether a model is the base's next-token predictors, built as a draft."""
     dims = ModelDims.from_config(config.table.base_config)
     layers = _layers(name for name, _ in model.named_modules())
@@ -194,7 +206,7 @@ def lent_parameters(model: Module, config: MixPrecConfig) -> set[str]:
     v1/worker/gpu/spec_decode/eagle/utils.py (0.32): the head of every predictor, and on a single
     pipeline stage the embeddings. What a checkpoint repeats of them need not be read.
     """
-    if not is_own_draft(model, config):
+    if not _is_draft(model, config):
         return set()
     lent = ("shared_head.head.weight",)
     if get_pp_group().world_size == 1:

@@ -13,6 +13,7 @@ from vllm.model_executor.models.deepseek_v2 import DeepseekV2ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_mixprec.models.dsa import INDEXER_KEY
+from vllm_mixprec.patches import apply_patches
 
 
 class StoredIndexer(nn.Module):
@@ -49,6 +50,7 @@ class MixPrecDenseDsaForCausalLM(DeepseekV2ForCausalLM):
     """DeepSeek-V3.2 or GLM-5.x as dense MLA, with the indexers' weights beside the layers."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        apply_patches(vllm_config, vllm_config.model_config.architectures)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         base = f"{prefix}." if prefix else ""
         for index, layer in enumerate(self.model.layers):
@@ -66,6 +68,7 @@ class MixPrecDenseDsaMTP(DeepSeekMTP):
     """The next-token predictors of the same models, served likewise."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        apply_patches(vllm_config, vllm_config.model_config.architectures)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         base = f"{prefix}." if prefix else ""
         for index, layer in self.model.layers.items():

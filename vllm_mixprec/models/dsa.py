@@ -45,7 +45,12 @@ class DenseDsaConfig(PretrainedConfig):
 
 
 def has_sparse_attention() -> bool:
-    """Whether vLLM's platform can serve sparse attention at all."""
+    """Whether vLLM's platform can serve sparse attention at all.
+
+    Only a CPU is asked: GPUs have it, and what one that is too old lacks vLLM says itself.
+    """
+    if not current_platform.is_cpu():
+        return True
     question = AttentionSelectorConfig(
         head_size=576,
         dtype=torch.bfloat16,
@@ -56,10 +61,8 @@ def has_sparse_attention() -> bool:
     )
     try:
         current_platform.get_attn_backend_cls(None, question)
-    except NotImplementedError:  # platforms/cpu.py; a GPU too old is a ValueError, of any cause
+    except NotImplementedError:
         return False
-    except Exception:
-        logger.debug("sparse attention is left to vLLM", exc_info=True)
     return True
 
 
@@ -77,7 +80,7 @@ def serve_dense(model_config: ModelConfig) -> None:
     if asked not in (None, -1) and asked > topk:
         raise UnsupportedError(
             f"--max-model-len {asked}: no sparse attention on {current_platform.device_name}, "
-            f"and without it {config.architectures[0]} is exact only while its indexer would "
+            f"and without it {model_config.architecture} is exact only while its indexer would "
             f"select every token (index_topk {topk}); expected at most {topk}. Lower "
             "--max-model-len, or serve on a GPU"
         )
@@ -85,7 +88,7 @@ def serve_dense(model_config: ModelConfig) -> None:
         logger.warning(
             "%s: no sparse attention on %s; served with dense MLA, which is exact while the "
             "indexer would select every token: max_model_len %d -> %d (index_topk %d)",
-            config.architectures[0],
+            model_config.architecture,
             current_platform.device_name,
             model_config.max_model_len,
             min(model_config.max_model_len, topk),
@@ -100,7 +103,7 @@ def serve_dense(model_config: ModelConfig) -> None:
     dense = DenseDsaConfig(**kept)
     dense.model_type = config.model_type
     # Ours first, which vLLM builds; others look for the original's name behind it.
-    dense.architectures = [DENSE[config.architectures[0]], *config.architectures]
+    dense.architectures = [DENSE[model_config.architecture], *config.architectures]
     setattr(dense, ARCHITECTURES_KEY, list(config.architectures))
     layers = range((dims.num_layers or 0) + dims.num_mtp_layers)
     setattr(

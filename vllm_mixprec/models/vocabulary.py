@@ -11,7 +11,8 @@ def drop_vocabulary_of_other_stages(model: Module) -> None:
 
     vLLM 0.32 builds and loads all three on every stage of these models (models/mixtral.py,
     olmoe.py, qwen2_moe.py, qwen3_moe.py), where its other models put a ``PPMissingLayer``: for
-    Qwen3-30B-A3B 1.2 GB a stage. Tied embeddings stay, since the last stage's head is the first's embedding.
+    Qwen3-30B-A3B 1.2 GB a stage. Tied embeddings stay, since the last stage's head is the first's
+    embedding.
     """
     if model.config.tie_word_embeddings:
         return

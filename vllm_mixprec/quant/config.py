@@ -73,8 +73,22 @@ def layout_of(vllm_config: VllmConfig) -> Layout:
 
 
 def is_own_draft(speculative: SpeculativeConfig | None) -> bool:
-    """Whether speculative decoding drafts with the model's own next-token predictors (MTP)."""
-    return speculative is not None and speculative.method == "mtp"
+    """Whether speculative decoding drafts with the model's own next-token predictors (MTP).
+
+    Raises:
+        UnsupportedError: it drafts with the predictors of another checkpoint.
+    """
+    if speculative is None or speculative.method != "mtp":
+        return False
+    target, draft = speculative.target_model_config, speculative.draft_model_config
+    own = (target.model, target.model_weights)
+    if draft is not None and draft.model not in own:
+        raise UnsupportedError(
+            f"--speculative-config: an MTP draft from {draft.model}, beside a mixed model; "
+            "expected the model's own MTP layers, which the plan routes. Leave the draft's model "
+            "out, and make that checkpoint a source of the plan"
+        )
+    return True
 
 
 def dtype_of(vllm_config: VllmConfig) -> str:

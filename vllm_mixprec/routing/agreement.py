@@ -208,6 +208,14 @@ def _compare_mtp(
     place: str,
     log: FindingLog,
 ) -> None:
+    if has_mtp_modules and draft:
+        log.add(
+            "error",
+            "mtp-missing",
+            place,
+            "the files keep their next-token predictors below mtp, expected them as layers behind "
+            "the last: a plan cannot draft with these. Serve without the draft.",
+        )
     if dims.num_layers is None or not layers or has_mtp_modules:
         return
     if draft and not dims.num_mtp_layers:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Module
+from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.plan.patterns import compile_pattern, numbered_braces
@@ -94,6 +95,7 @@ def assign_sources(
         if (chosen.problems or chosen.shape != module.shape) and is_loaded(name):
             _report_misfits(plan, source, module, chosen, log)
         tensors = _choose_tensors(plan, source, module, chosen, log)
+        tensors = _drop_activation_scales(source, chosen, tensors, log)
         assignments[name] = Assignment(source, chosen, tensors)
     _report_rules(plan, base, matched, won, log)
     return assignments
@@ -175,6 +177,24 @@ def _choose_tensors(
         )
     dropped = found - expected
     return {suffix: spec for suffix, spec in chosen.tensors.items() if suffix not in dropped}
+
+
+def _drop_activation_scales(
+    source: str, chosen: Module, tensors: Mapping[str, TensorSpec], log: FindingLog
+) -> Mapping[str, TensorSpec]:
+    """Leave out scales of activations and of the key-value cache: no layer has a place for them."""
+    if not chosen.scheme.is_quantized or ACTIVATION_SCALES.isdisjoint(tensors):
+        return tensors
+    dropped = ACTIVATION_SCALES.intersection(tensors)
+    log.add(
+        "note",
+        "activation-scale",
+        chosen.name,
+        f"source {source!r} has {', '.join(sorted(dropped))}: not used, since activations are "
+        "quantised as they come, and the key-value cache without scales",
+        group=f"source {source!r}",
+    )
+    return {suffix: spec for suffix, spec in tensors.items() if suffix not in dropped}
 
 
 def _beside_weight(module: Module) -> frozenset[str]:

@@ -105,6 +105,8 @@ def _cuda_fp8_block(platform: Platform, scheme: Scheme, n: int, k: int) -> str |
     if scheme.block != (128, 128):
         block = "x".join(str(size) for size in scheme.block or ())
         return f"it takes blocks of 128x128, not {block}"
+    if k % 128:  # quantization/utils/fp8_utils.py per_token_group_quant_fp8
+        return f"K={k} on a rank is not a multiple of 128"
     return _marlin_tiles(n, k)
 
 
@@ -121,6 +123,8 @@ def _cuda_gptq(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None
         return "it takes symmetric weights only"
     if scheme.group_size not in (None, 32, 64, 128, k):
         return f"it takes groups of 32, 64, 128 or all of K, not {scheme.group_size}"
+    if k % (scheme.group_size or k):
+        return f"K={k} on a rank is not a multiple of the group size {scheme.group_size}"
     return _marlin_tiles(n, k)
 
 

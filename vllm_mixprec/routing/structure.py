@@ -8,10 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_mixprec.errors import CheckpointError
+
 # Model types that vLLM 0.32 serves with model_executor/models/deepseek_v2.py or, on CUDA,
 # models/deepseek_v32: MLA, and with index_topk an indexer a layer (DSA). In other families an
 # ``index_topk`` means something else, or an indexer sits elsewhere.
 DEEPSEEK_MODEL_TYPES = frozenset("deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 glm_moe_dsa".split())
+
+_REMEDY = "Correct config.json, or download the checkpoint again."
+_LARGEST = 1_000_000  # no count of layers, experts or heads comes near
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -23,6 +28,8 @@ _INDEXER = re.compile(r"(.*\.indexer)(?:\.|$)")
 # What an MTP layer's checkpoint repeats of the model. vLLM gives the draft the model's own
 # (v1/spec_decode/llm_base_proposer.py _maybe_share_lm_head and _maybe_share_embeddings;
 # v1/worker/gpu/spec_decode/eagle/utils.py load_eagle_model).
+# Modules that old conversions store and every model computes (vLLM AutoWeightsLoader).
+_COMPUTED = ("rotary_emb", "rotary_pos_emb")
 _SHARED_WITH_DRAFT = ("embed_tokens", "shared_head.head")
 
 
@@ -114,6 +121,8 @@ class ModelDims:
         """
         if _MTP_MODULES.search(module):
             return draft
+        if module.endswith(_COMPUTED):
+            return False
         index = layer_index(module)
         if index is None:
             return True
@@ -159,8 +168,15 @@ def is_mtp_module(module: str) -> bool:
 
 
 def _integer(text: Mapping[str, Any], *keys: str) -> int | None:
-    found = (text[key] for key in keys if isinstance(text.get(key), int))
-    return next(found, None)
+    for key in keys:
+        value = text.get(key)
+        if isinstance(value, int):
+            if abs(value) > _LARGEST:  # a stranger's file; sets of layers are made of it
+                raise CheckpointError(
+                    f"config.json: {key} is {value}, expected at most {_LARGEST}. {_REMEDY}"
+                )
+            return value
+    return None
 
 
 def _moe_layers(

@@ -274,7 +274,7 @@ def _parse_block(name: str, value: Any) -> tuple[int, int] | None:
 def _compile(name: str, expression: str) -> Pattern:
     try:
         return re.compile(expression)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise bad_field(name, expression, f"a regular expression ({error})") from error
 
 
