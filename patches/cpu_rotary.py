@@ -22,7 +22,8 @@ def _forward_cpu(
     query: torch.Tensor,
     key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if query.dim() == 2 and query.is_contiguous() and (key is None or key.is_contiguous()):
+    flat = (query,) if key is None else (query, key)
+    if all(tensor.dim() == 2 and tensor.is_contiguous() for tensor in flat):
         return _STOCK(self, positions, query, key)
     return self.forward_native(positions, query, key)
 

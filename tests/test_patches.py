@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import Module
-from vllm.config import ParallelConfig, VllmConfig
+from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.models import deepseek_v2
 from vllm.sequence import IntermediateTensors
@@ -26,6 +27,7 @@ from vllm_mixprec.cli import main
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.patches import (
     apply_patches,
+    cpu_rotary,
     cpu_stages,
     deepseek_mha_names,
     draft_stages,
@@ -44,6 +46,7 @@ SYNC = "sync_and_gather_intermediate_tensors"
 def stock_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Begin without patches, and take off afterwards what a test applied."""
     monkeypatch.setattr(deepseek_v2, "DeepseekAttention", deepseek_mha_names._STOCK)
+    monkeypatch.setattr(RotaryEmbedding, "forward_cpu", cpu_rotary._STOCK)
     monkeypatch.setattr(CPUModelRunner, SYNC, cpu_stages._STOCK)
     monkeypatch.setattr(layerwise, "finalize_layerwise_processing", reload_end._STOCK)
     monkeypatch.setattr(GPUModelRunner, "drafter", None, raising=False)
@@ -179,6 +182,86 @@ def test_other_models_and_configs_are_left_alone(serving: Serving) -> None:
     apply_patches(serving.config, ["DeepseekForCausalLM"])
     attention = build_attention(serving, None)
     assert isinstance(attention.qkv_proj.quant_method, UnquantizedLinearMethod)
+
+
+# Rotary embeddings.
+
+TOKENS, HEADS, SIZE = 5, 3, 64
+
+
+@needs_cpu
+def test_stock_kernel_turns_several_heads_wrongly() -> None:
+    if __version_tuple__[:2] != (0, 32):
+        pytest.skip("the answer was read off vLLM 0.32")
+    assert cpu_rotary.PATCH.needed()
+    cpu_rotary.PATCH.apply()
+    assert cpu_rotary.PATCH.needed(), "what is asked is stock vLLM, patched or not"
+
+
+def build_rope(is_neox: bool, rotary_dim: int = SIZE) -> RotaryEmbedding:
+    with set_current_vllm_config(VllmConfig()):
+        return RotaryEmbedding(SIZE, rotary_dim, 128, 10000.0, is_neox, torch.float32)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+QUERIES = {
+    "flat": lambda: random(TOKENS, HEADS * SIZE),
+    "flat-cut": lambda: random(TOKENS, HEADS * SIZE + 32)[:, 32:],
+    "heads": lambda: random(TOKENS, HEADS, SIZE),
+    "heads-cut": lambda: random(TOKENS, HEADS, 128 + SIZE)[..., 128:],  # MLA's q_pe
+}
+KEYS = {
+    "none": lambda: None,
+    "flat": lambda: random(TOKENS, SIZE),
+    "flat-cut": lambda: random(TOKENS, 128 + SIZE)[:, 128:],
+    "head-cut": lambda: random(TOKENS, 128 + SIZE)[:, 128:].unsqueeze(1),  # MLA's k_pe
+    "flat-heads": lambda: random(TOKENS, HEADS * SIZE),
+}
+STOCK_KEYS = ("none", "flat", "flat-heads")
+"""Keys that are contiguous, beside which a flat query takes the stock kernel."""
+POSITIONS = torch.tensor([0, 7, 3, 100, 127])
+
+
+@needs_cpu
+@pytest.mark.parametrize("rotary_dim", [SIZE, SIZE // 2])
+@pytest.mark.parametrize("is_neox", [False, True], ids=["gptj", "neox"])
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("query", QUERIES)
+def test_patched_rope_is_the_definition(
+    query: str, key: str, is_neox: bool, rotary_dim: int
+) -> None:
+    for _ in range(2):
+        cpu_rotary.PATCH.apply()
+    rope = build_rope(is_neox, rotary_dim)
+    given, expected = (
+        QUERIES[query](),
+        rope.forward_native(POSITIONS, QUERIES[query](), KEYS[key]()),
+    )
+    found = rope.forward_cpu(POSITIONS, given, KEYS[key]())
+    # The kernel works in place, the definition makes a new tensor.
+    assert (found[0] is given) is (query == "flat" and key in STOCK_KEYS)
+    for got, want in zip(found, expected, strict=True):
+        if want is None:
+            assert got is None
+        else:
+            assert got.shape == want.shape
+            # Both compute in float32: products and sums of two terms, in another order.
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@needs_cpu
+def test_only_latent_attention_gets_the_rotary_patch(serving: Serving) -> None:
+    assert not serving.config.model_config.use_mla
+    apply_patches(serving.config, ["Qwen3MoeForCausalLM"])
+    assert RotaryEmbedding.forward_cpu is cpu_rotary._STOCK
+    latent = RANDOM.parent / "architectures" / "glm_moe_dsa" / "bf16"
+    config = EngineArgs(str(latent), skip_tokenizer_init=True).create_engine_config()
+    for _ in range(2):
+        apply_patches(config, ["GlmMoeDsaForCausalLM"])
+    assert RotaryEmbedding.forward_cpu is cpu_rotary._forward_cpu
 
 
 # Reloads; tests/loading/test_intake.py runs them.

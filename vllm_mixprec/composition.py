@@ -110,7 +110,7 @@ def _require_replaceable(target: Path, force: bool) -> None:
     if not (target / PLAN_FILE).is_file() and not force:
         raise MixPrecError(
             f"{target}: not empty, and without {PLAN_FILE}, so compose did not make it; expected "
-            "an empty directory or one made by compose. Choose another, or force it."
+            "an empty directory or one made by compose. Choose another, or pass --force."
         )
 
 

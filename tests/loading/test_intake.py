@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The indexer's fused ``wk_weights_proj`` on vLLM's real models, from any source in any order."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -27,10 +27,12 @@ from tests.loading.serving import (
     serve,
     write_base,
 )
-from vllm_mixprec.errors import RouteError
+from tests.routing.models import CPU
+from tests.routing.models import make_plan as make_random_plan
+from vllm_mixprec.errors import CheckpointError, RouteError, UnsupportedError
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.loader import MixPrecLoader
-from vllm_mixprec.routing import RouteTable
+from vllm_mixprec.routing import RouteTable, load_route_table
 
 SENTINEL = 7.0
 WK_FORMATS = {0: "fp8-64x32", 1: "gptq-g32-asym", MTP: "mx-packed"}
@@ -285,6 +287,92 @@ def test_tensor_that_the_base_does_not_have_is_an_error(target: Built, name: str
         target.model.mixprec_intake.load_weights([(name, torch.ones(1, 1))])
 
 
+# What is served packed, and what cannot be dequantised: random-moe's own routes.
+
+EXPERT = "model.layers.0.mlp.experts.0.up_proj"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+FP8_LINEAR, GPTQ_EXPERT, WIDENED = (
+    ("**.self_attn.*_proj", "fp8"),
+    ("**.experts", "gptq"),
+    ("**.self_attn.q_proj", "gptq"),
+)
+
+
+def random_intake(*rules: tuple[str, str]) -> tuple[Intake, RouteTable, set[str]]:
+    """An intake before a loader that takes everything; the names that it took."""
+    table, took = load_route_table(make_random_plan(*rules), None, CPU), set()
+
+    def load(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        took.update(name for name, _ in weights)
+        return took
+
+    intake = Intake(load, table.routes, table.routes, {}, torch.bfloat16)
+    return intake, table, took
+
+
+@pytest.mark.parametrize(
+    ("rule", "module", "missing"),
+    [
+        (FP8_LINEAR, Q_PROJ, "weight_scale_inv"),
+        (FP8_LINEAR, Q_PROJ, "weight"),
+        (GPTQ_EXPERT, EXPERT, "scales"),
+        (GPTQ_EXPERT, EXPERT, "qweight"),
+        (GPTQ_EXPERT, EXPERT, "qzeros"),
+        (GPTQ_EXPERT, EXPERT, "g_idx"),
+    ],
+)
+def test_packed_module_that_lacks_a_part_is_an_error(
+    rule: tuple[str, str], module: str, missing: str
+) -> None:
+    """What came went on to the layers at once, so that nothing waits for the missing tensor."""
+    intake, table, took = random_intake(rule)
+    route = table.routes[module]
+    assert route.served.is_quantized and not route.widened
+    tensors = read_route(route)
+    intake.load_weights((k, v) for k, v in tensors.items() if k != f"{module}.{missing}")
+    assert took == tensors.keys() - {f"{module}.{missing}", f"{module}.g_idx"}
+    came = ", ".join(sorted(route.tensors.keys() - {missing}))
+    match = rf"^{module}: {came} came, but {missing} never did; .*\(so 1 modules\)"
+    with pytest.raises(RouteError, match=match):
+        intake.close()
+    load_all(intake, [tensors.items()])
+
+
+def test_packed_module_may_come_in_several_calls_or_not_at_all() -> None:
+    intake, table, took = random_intake(FP8_LINEAR)
+    tensors = read_route(table.routes[Q_PROJ])
+    load_all(intake, singly(list(tensors.items())))
+    assert took == tensors.keys()
+
+
+def test_scales_of_another_call_than_the_last_do_not_count() -> None:
+    """``close`` begins anew: a second update brings each module whole again."""
+    intake, table, _ = random_intake(FP8_LINEAR)
+    tensors = read_route(table.routes[Q_PROJ])
+    load_all(intake, [tensors.items()])
+    weight = f"{Q_PROJ}.weight"
+    with pytest.raises(RouteError, match=rf"^{Q_PROJ}: weight came, but weight_scale_inv never"):
+        load_all(intake, [[(weight, tensors[weight])]])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "said"),
+    [
+        ("g_idx", lambda tensor: tensor + 1000, r"g_idx: values 1000 to 1001, expected 0 to 1"),
+        ("scales", lambda tensor: tensor[:, 1:], r"scales: shape \[2, 255\], expected \[2, 256\]"),
+    ],
+)
+def test_what_cannot_be_dequantised_names_module_and_source(
+    suffix: str, change: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    intake, table, _ = random_intake(WIDENED)
+    assert table.routes[Q_PROJ].widened
+    tensors = read_route(table.routes[Q_PROJ])
+    tensors[f"{Q_PROJ}.{suffix}"] = change(tensors[f"{Q_PROJ}.{suffix}"])
+    with pytest.raises(CheckpointError, match=rf"^{Q_PROJ} of source 'gptq': {said}"):
+        intake.load_weights(tensors.items())
+
+
 # What is passed over.
 
 
@@ -404,6 +492,28 @@ def test_reload_that_lacks_a_part_is_an_error(serving: Serving, left_out: str, m
         reload_weights(serving.config, model, lacking, None, True)
     reload_weights(serving.config, model, None, None, True)
     check_composed(serving, computed(built))
+
+
+@pytest.mark.parametrize("is_draft", [False, True], ids=["target", "draft"])
+def test_weights_of_another_directory_are_refused(
+    serving: Serving, is_draft: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = serving.build(is_draft)
+    served = built.model_config.model
+    monkeypatch.setattr(built.model_config, "model", str(serving.base))
+    match = rf"^weights of {serving.base} for a model served from {served}; expected the same"
+    with pytest.raises(UnsupportedError, match=match):
+        list(serving.loader.get_all_weights(built.model_config, built.model))
+
+
+def test_reload_from_another_directory_is_refused(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = serving.build()
+    for key in ("model", "model_weights", "revision"):  # which vLLM sets
+        monkeypatch.setattr(built.model_config, key, getattr(built.model_config, key))
+    with pytest.raises(UnsupportedError, match=rf"^weights of {serving.base} for a model served"):
+        reload_weights(serving.config, built.model, None, str(serving.base), True)
 
 
 def leaving_out(serving: Serving, *names: str) -> MixPrecLoader:

@@ -129,6 +129,56 @@ def test_incomplete_mtp_layer(tmp_path: Path) -> None:
     assert "lacks eh_proj, self_attn" in finding.message
 
 
+def below_mtp(header: Header) -> None:
+    """Rename the MTP layer to where Qwen3-Next and others keep theirs."""
+    layer = "model.layers.4."
+    for name in [name for name in header if name.startswith(layer)]:
+        header[f"mtp.layers.0.{name.removeprefix(layer)}"] = header.pop(name)
+
+
+@pytest.mark.parametrize("promised", [None, 1])
+def test_predictors_below_mtp_cannot_draft(tmp_path: Path, promised: int | None) -> None:
+    report = check_tiny(tmp_path, below_mtp, {"num_nextn_predict_layers": promised})
+    assert report.findings == ()
+    drafting = check_base(tmp_path, draft=True)
+    said = "keep their next-token predictors below mtp"
+    expect_error(
+        drafting, "mtp-missing", str(tmp_path / "config.json"), said, "Serve without the draft"
+    )
+
+
+# What every model computes itself.
+
+
+def add_frequencies(header: Header) -> None:
+    for index in range(5):
+        header[f"model.layers.{index}.self_attn.rotary_emb.inv_freq"] = ("F32", (32,))
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_rotary_frequencies_take_no_bytes(tmp_path: Path, draft: bool) -> None:
+    plain = check_tiny(tmp_path / "plain", draft=draft)
+    stored = check_tiny(tmp_path / "stored", add_frequencies, draft=draft)
+    assert stored.findings == plain.findings == ()
+    assert stored.bytes_per_rank == plain.bytes_per_rank
+
+
+def test_source_may_lack_rotary_frequencies(tmp_path: Path) -> None:
+    header = glm_header(TINY_GLM)
+    write_checkpoint(tmp_path / "other", TINY_GLM, header)
+    add_frequencies(header)
+    write_checkpoint(tmp_path / "base", TINY_GLM, header)
+    plan = Plan.from_dict(
+        {
+            "version": 1,
+            "base": "base",
+            "sources": {name: {"path": str(tmp_path / name)} for name in ("base", "other")},
+            "rules": [{"match": "model.layers.1", "source": "other"}],
+        }
+    )
+    assert check(plan, platform=CPU).findings == ()
+
+
 # Experts.
 
 
@@ -391,7 +441,9 @@ def test_source_without_the_mtp_layer_matters_only_to_a_draft(tmp_path: Path) ->
         }
     )
     report = check(plan, platform=CPU)
-    assert report.findings == ()
+    finding = only(report, "module-missing")
+    assert (finding.level, finding.where) == ("warning", "model.layers.4")
+    assert "check --mtp" in finding.message
     assert len(report.bytes_per_rank) == 1
     drafting = check(plan, platform=CPU, draft=True)
     assert {finding.code for finding in drafting.findings} == {"module-missing"}

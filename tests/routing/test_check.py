@@ -369,6 +369,63 @@ def test_bias_that_the_source_lacks(models: Path) -> None:
     expect_error(report, "tensor-missing", "lm_head.bias", "source 'bf16'")
 
 
+Scales = Callable[[dict[str, Tensor]], None]
+
+
+def add_scales(*names: str) -> Scales:
+    def add(tensors: dict[str, Tensor]) -> None:
+        for name in names:
+            tensors[name] = ("F32", [1], struct.pack("<f", 0.5))
+
+    return add
+
+
+ATTENTION = "model.layers.0.self_attn"
+
+
+def scales_of(suffix: str) -> list[str]:
+    return [f"{ATTENTION}.{part}_proj.{suffix}" for part in "qk"]
+
+
+@pytest.mark.parametrize("base", ["bf16", "fp8"])
+@pytest.mark.parametrize("suffix", ["input_scale", "k_scale"])
+def test_scales_of_activations_are_left_out_with_one_note(
+    models: Path, suffix: str, base: str
+) -> None:
+    plan = make_plan(("**.self_attn.*_proj", "fp8"), base=base, folder=models)
+    plain = check_here(plan)
+    assert plain.table is not None
+    edit_tensors(models / "fp8" / "model.safetensors", add_scales(*scales_of(suffix)))
+    report = check_here(plan)
+    assert report.ok
+    assert report.table is not None
+    for name in scales_of(suffix):
+        route = report.table.routes[name.rpartition(".")[0]]
+        assert route.tensors.keys() == {"weight", "weight_scale_inv"}
+        assert route.served.format == "fp8_block"
+    assert report.bytes_per_rank == plain.bytes_per_rank
+    finding = only(report, "activation-scale")
+    assert report.findings == (*plain.findings, finding)
+    assert (finding.level, finding.where) == ("note", "source 'fp8'")
+    assert f"has {suffix}: not used" in finding.message
+    assert "2 modules" in finding.message
+
+
+def test_both_scales_of_one_module_are_named(models: Path) -> None:
+    names = [f"{ATTENTION}.v_proj.{suffix}" for suffix in ("v_scale", "input_scale")]
+    edit_tensors(models / "fp8" / "model.safetensors", add_scales(*names))
+    finding = only(
+        check_here(make_plan(("**.self_attn.*_proj", "fp8"), folder=models)), "activation-scale"
+    )
+    assert finding.where == f"{ATTENTION}.v_proj"
+    assert "source 'fp8' has input_scale, v_scale: not used" in finding.message
+
+
+def test_scales_of_a_source_that_is_not_routed_are_no_news(models: Path) -> None:
+    edit_tensors(models / "fp8" / "model.safetensors", add_scales(*scales_of("input_scale")))
+    assert check_here(make_plan(("**.experts", "fp8"), folder=models)).findings == ()
+
+
 # Index and shards.
 
 

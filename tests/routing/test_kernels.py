@@ -11,6 +11,8 @@ CPU, CUDA = Platform("cpu-avx512"), Platform("cuda-90")
 BF16 = Scheme("bf16", 16)
 FP8 = Scheme("fp8_block", 8, block=(128, 128))
 INT4 = Scheme("gptq", 4, group_size=128)
+DENSE_K = 10944
+"""Of down_proj in the dense first layer of DeepSeek-V2-Lite: 64 times 171."""
 UNSERVED = [
     Scheme("awq", 4, group_size=128, symmetric=False, zero_offset=0),
     Scheme("ct_pack", 4, group_size=128, zero_offset=0),
@@ -53,6 +55,11 @@ def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -
         (CUDA, Scheme("gptq", 2, group_size=64), (256, 256), "not 2"),
         (CUDA, Scheme("gptq", 4, group_size=512), (256, 1024), "not 512"),
         (CUDA, INT4, (96, 256), "N=96"),
+        (CUDA, FP8, (2048, DENSE_K), f"K={DENSE_K} on a rank is not a multiple of 128"),
+        (CUDA, INT4, (2048, DENSE_K), f"K={DENSE_K} on a rank is not a multiple of the group size"),
+        (CUDA, replace(INT4, bits=8), (2048, DENSE_K), "the group size 128"),
+        (CUDA, FP8, (256, 192), "K=192"),
+        (CUDA, replace(INT4, group_size=64), (256, 96), "the group size 64"),
         (Platform("cuda-75"), INT4, (256, 256), "compute capability"),
         (Platform("cpu-other"), INT4, (256, 256), "no gptq kernel on cpu-other"),
         (Platform("other"), FP8, (256, 256), "no fp8_block kernel on other"),
@@ -74,6 +81,18 @@ def test_formats_without_a_kernel_are_named(scheme: Scheme) -> None:
 
 def test_one_group_over_all_of_k_is_a_marlin_group_size() -> None:
     assert missing_kernel(CUDA, Scheme("gptq", 4, group_size=1024), "linear", (256, 1024)) is None
+
+
+@pytest.mark.parametrize("group_size", [32, 64, DENSE_K])
+def test_whole_groups_need_no_multiple_of_128(group_size: int) -> None:
+    scheme = replace(INT4, group_size=group_size)
+    assert missing_kernel(CUDA, scheme, "linear", (2048, DENSE_K)) is None
+
+
+def test_rows_need_no_multiple_of_128() -> None:
+    """gate_proj and up_proj of that layer, one of whose sizes is K of the down_proj refused."""
+    for scheme in (FP8, INT4):
+        assert missing_kernel(CUDA, scheme, "linear", (DENSE_K, 2048)) is None
 
 
 def test_cpu_kernels_compute_in_bf16_only() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from tests.routing.headers import GLM_5
+from vllm_mixprec.errors import CheckpointError
 from vllm_mixprec.routing.structure import ModelDims, indexer_name, layer_index, layer_name
 
 
@@ -25,6 +26,68 @@ def test_glm_5() -> None:
 def test_text_config_is_read() -> None:
     dims = ModelDims.from_config({"model_type": "glm_vl", "text_config": GLM_5})
     assert dims == ModelDims.from_config(GLM_5)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["num_hidden_layers", "num_nextn_predict_layers", "n_routed_experts", "index_topk_freq"],
+)
+@pytest.mark.parametrize("value", [10**12, -(10**12), 10**30])
+def test_number_that_no_model_has_is_an_error(key: str, value: int) -> None:
+    match = rf"^config\.json: {key} is {value}, expected at most 1000000\. Correct config\.json"
+    for config in (GLM_5 | {key: value}, {"text_config": GLM_5 | {key: value}}):
+        with pytest.raises(CheckpointError, match=match):
+            ModelDims.from_config(config)
+
+
+# What is known and what is loaded, of eight layers and one MTP layer.
+
+
+@pytest.mark.parametrize(
+    ("module", "known"),
+    [
+        ("model.layers.7.mlp.gate", True),
+        ("model.layers.8.eh_proj", True),
+        ("model.layers.9.mlp.gate", False),
+        ("model.layers.9", False),
+        ("lm_head", True),
+        ("mtp.layers.9.mlp.gate", True),
+        ("model.visual.layers.30.mlp", True),
+    ],
+)
+def test_known_modules_are_those_of_layers_that_the_config_counts(module: str, known: bool) -> None:
+    assert dims_of().is_known(module) is known
+    assert dims_of(num_hidden_layers=None).is_known(module)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model.layers.3.self_attn.rotary_emb",
+        "model.layers.8.self_attn.rotary_emb",
+        "model.rotary_emb",
+        "transformer.rotary_pos_emb",
+    ],
+)
+def test_rotary_frequencies_are_computed_not_loaded(module: str) -> None:
+    for draft in (False, True):
+        assert not dims_of().is_loaded(module, draft)
+    assert dims_of().is_known(module)
+
+
+@pytest.mark.parametrize(
+    ("module", "target", "draft"),
+    [
+        ("model.layers.3.self_attn.o_proj", True, True),
+        ("model.layers.3.self_attn.rotary_emb_proj", True, True),
+        ("model.layers.8.eh_proj", False, True),
+        ("model.layers.8.embed_tokens", False, False),
+        ("model.layers.9.eh_proj", False, False),
+    ],
+)
+def test_loaded_modules(module: str, target: bool, draft: bool) -> None:
+    assert dims_of().is_loaded(module) is target
+    assert dims_of().is_loaded(module, draft=True) is draft
 
 
 # Layers with experts.

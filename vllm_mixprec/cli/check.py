@@ -56,7 +56,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--mtp",
         action="store_true",
-        help="count the model's own multi-token prediction layers, loaded as the draft model",
+        help="for serving with --speculative-config mtp: count the model's own multi-token "
+        "prediction layers, loaded as the draft model, and require them",
     )
     parser.add_argument(
         "--platform",

@@ -24,7 +24,7 @@ from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Route, RouteTable, load_route_table
 from vllm_mixprec.routing.findings import format_bytes
 from vllm_mixprec.routing.fused import parse_expert
-from vllm_mixprec.routing.parallel import ModelDims, text_config
+from vllm_mixprec.routing.structure import ModelDims, layer_index, layer_name, text_config
 
 _DESCRIPTION = """\
 Show what a source holds: architecture, layers, experts, formats, bytes by kind, companions missing
@@ -104,16 +104,23 @@ def describe_model(config: Mapping[str, Any], modules: Iterable[str]) -> dict[st
     """Return architecture, layers and experts as JSON types; None where nothing tells."""
     text = text_config(config)
     dims = ModelDims.from_config(config)
+    modules = tuple(modules)
     expert_layers = {expert.layer for module in modules if (expert := parse_expert(module))}
     return {
         "architectures": config.get("architectures"),
         "model_type": config.get("model_type"),
         "num_layers": dims.num_layers,
-        "num_moe_layers": len(expert_layers),
+        "num_moe_layers": len({layer for layer in expert_layers if not _is_mtp(layer, dims)}),
+        "num_mtp_layers": len({layer_name(name) for name in modules if _is_mtp(name, dims)}),
         "num_experts": dims.num_experts,
         "num_experts_per_tok": text.get("num_experts_per_tok"),
         "num_shared_experts": text.get("n_shared_experts", text.get("num_shared_experts")),
     }
+
+
+def _is_mtp(name: str, dims: ModelDims) -> bool:
+    layer = layer_index(name)
+    return layer is not None and dims.is_mtp_layer(layer)
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -139,6 +146,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _print_model(path: Path, described: Mapping[str, Any]) -> None:
     layers = f"{described['num_layers']}, {described['num_moe_layers']} of them with experts"
+    if described["num_mtp_layers"]:
+        layers += f"; {described['num_mtp_layers']} for multi-token prediction (MTP)"
     experts = f"{described['num_experts']}, {described['num_experts_per_tok']} a token"
     if described["num_shared_experts"]:
         experts += f", {described['num_shared_experts']} shared"

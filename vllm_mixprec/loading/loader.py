@@ -98,12 +98,15 @@ class MixPrecLoader(BaseModelLoader):
                 ``reload_weights`` with a path does.
         """
         if model_config.model != model.mixprec_served:
+            asked, model_config.model = model_config.model, model.mixprec_served
             raise UnsupportedError(
-                f"weights of {model_config.model} for a model served from {model.mixprec_served}; "
-                "expected the same, whose plan says where each tensor comes from. Compose another "
-                "directory and serve that"
+                f"weights of {asked} for a model served from {model.mixprec_served}; expected the "
+                "same, whose plan says where each tensor comes from. Compose another directory and "
+                "serve that"
             )
-        routes = list(model.mixprec_intake.held.values())
+        return self._read(list(model.mixprec_intake.held.values()))
+
+    def _read(self, routes: list[Route]) -> Iterator[tuple[str, torch.Tensor]]:
         names = {
             (spec.file, spec.name): f"{route.module}.{suffix}"
             for route in routes

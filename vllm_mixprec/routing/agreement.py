@@ -435,6 +435,9 @@ def _compare_indexers(layers: Mapping[int, _Layer], dims: ModelDims, log: Findin
                 )
         elif dims.builds_indexer(index):
             absent = [part for part in _INDEXER_PARTS if f"{_INDEXER}.{part}" not in layer.modules]
+            norm = layer.modules.get(f"{_INDEXER}.k_norm")
+            if norm is not None:  # a LayerNorm, where the others are RMSNorm
+                absent += [f"k_norm.{s}" for s in ("weight", "bias") if s not in norm.tensors]
             if absent:
                 log.add(
                     "error",

@@ -15,6 +15,7 @@ from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.plan.patterns import compile_pattern, numbered_braces
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.findings import FindingLog, Level, generalise, rule_place
+from vllm_mixprec.routing.structure import layer_name
 
 _NEAREST = 3
 _NEAREST_CUTOFF = 0.6
@@ -59,7 +60,8 @@ def used_sources(plan: Plan) -> tuple[str, ...]:
 def assign_sources(
     plan: Plan,
     checkpoints: Mapping[str, Checkpoint],
-    is_loaded: Callable[[str], bool],
+    is_loaded: Callable[[str, bool], bool],
+    draft: bool,
     log: FindingLog,
 ) -> dict[str, Assignment]:
     """Choose the source of every module of the base, in the base's order.
@@ -67,8 +69,8 @@ def assign_sources(
     Findings go to ``log``: shards that index and directory disagree about, rules that match
     nothing or are shadowed, modules that their source lacks or stores with another shape,
     companions that do not fit. A module whose source is not among ``checkpoints``, or lacks it,
-    is left out. ``is_loaded`` tells which modules matter: a quantised source often lacks the MTP
-    layers.
+    is left out. ``is_loaded`` tells of a module, without and with a draft, whether it matters: a
+    quantised source often lacks the MTP layers.
     """
     base = checkpoints[plan.base]
     for opened in checkpoints.values():
@@ -88,11 +90,14 @@ def assign_sources(
                 continue
             found = checkpoint.modules.get(name)
             if found is None:
-                if is_loaded(name):
-                    _report_absent(plan, rule, checkpoint, name, log)
+                if is_loaded(name, False):
+                    _report_absent(plan, rule, checkpoint, name, "error", log)
+                elif is_loaded(name, True):
+                    level: Level = "error" if draft else "warning"
+                    _report_absent(plan, rule, checkpoint, name, level, log)
                 continue
             chosen = found
-        if (chosen.problems or chosen.shape != module.shape) and is_loaded(name):
+        if (chosen.problems or chosen.shape != module.shape) and is_loaded(name, draft):
             _report_misfits(plan, source, module, chosen, log)
         tensors = _choose_tensors(plan, source, module, chosen, log)
         tensors = _drop_activation_scales(source, chosen, tensors, log)
@@ -111,16 +116,34 @@ def _report_index(checkpoint: Checkpoint, log: FindingLog) -> None:
 
 
 def _report_absent(
-    plan: Plan, rule: int | None, checkpoint: Checkpoint, name: str, log: FindingLog
+    plan: Plan,
+    rule: int | None,
+    checkpoint: Checkpoint,
+    name: str,
+    level: Level,
+    log: FindingLog,
 ) -> None:
     place = rule_place(plan, rule) if rule is not None else "the plan"
-    log.add(
-        "error",
-        "module-missing",
-        name,
-        f"{place} routes it to source {checkpoint.name!r}, whose files ({checkpoint.path}) do "
-        "not hold it. Route it to another source, or narrow the rule.",
+    lacks = (
+        f"{place} routes it to source {checkpoint.name!r}, whose files ({checkpoint.path}) do not "
+        "hold it. "
     )
+    if level == "error":
+        log.add(
+            "error",
+            "module-missing",
+            name,
+            f"{lacks}Route it to another source, or narrow the rule.",
+        )
+    else:
+        log.add(
+            "warning",
+            "module-missing",
+            layer_name(name) or name,
+            f"{lacks}Nothing loads it unless the model drafts with its own MTP layers (check "
+            "--mtp); to draft, narrow the rule.",
+            noun="layers",
+        )
 
 
 def _report_misfits(

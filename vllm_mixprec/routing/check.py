@@ -127,7 +127,9 @@ def check(
 
 def _open(plan: Plan, name: str, log: FindingLog) -> Checkpoint | None:
     try:
-        return open_source(plan, name)
+        checkpoint = open_source(plan, name)
+        ModelDims.from_config(checkpoint.config)
+        return checkpoint
     except CheckpointError as error:
         log.add("error", "source-unreadable", source_place(plan, name), str(error))
     except UnsupportedError as error:

@@ -28,9 +28,9 @@ _INDEXER = re.compile(r"(.*\.indexer)(?:\.|$)")
 # What an MTP layer's checkpoint repeats of the model. vLLM gives the draft the model's own
 # (v1/spec_decode/llm_base_proposer.py _maybe_share_lm_head and _maybe_share_embeddings;
 # v1/worker/gpu/spec_decode/eagle/utils.py load_eagle_model).
+_SHARED_WITH_DRAFT = ("embed_tokens", "shared_head.head")
 # Modules that old conversions store and every model computes (vLLM AutoWeightsLoader).
 _COMPUTED = ("rotary_emb", "rotary_pos_emb")
-_SHARED_WITH_DRAFT = ("embed_tokens", "shared_head.head")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from vllm_mixprec.checkpoint.formats import PLAIN_DTYPES, Module, Scheme
@@ -113,9 +112,12 @@ class RouteTable:
         return digest.hexdigest()
 
     def bytes_by_source(self) -> dict[tuple[str, str], int]:
-        """Return (source, stored format) -> bytes of the routed tensors in the files."""
+        """Return (source, stored format) -> bytes in the files of the tensors that are loaded."""
+        dims = ModelDims.from_config(self.base_config)
         totals: Counter[tuple[str, str]] = Counter()
-        for route in self.routes.values():
+        for module, route in self.routes.items():
+            if not dims.is_loaded(module, self.layout.draft):
+                continue
             totals[route.source, route.stored.format] += route.stored_bytes
         return dict(totals)
 
@@ -190,8 +192,7 @@ def build_table(
     base_scheme = _PLAIN[dtype] if dtype else dtype_scheme(base.config, base.modules)
     dims = ModelDims.from_config(base.config)
     with collector_paused():
-        is_loaded = partial(dims.is_loaded, draft=layout.draft)
-        assignments = assign_sources(plan, checkpoints, is_loaded, log)
+        assignments = assign_sources(plan, checkpoints, dims.is_loaded, layout.draft, log)
         routes = Widener(plan, base_scheme, dims, layout, platform, log).route(assignments)
         _note_shared_indexers(routes, dims, log)
         notes = tuple(finding for finding in log.findings() if finding.level != "error")

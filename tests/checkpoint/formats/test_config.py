@@ -28,6 +28,14 @@ def groups(targets: Any = ("Linear",), **weights: Any) -> dict[str, Any]:
         ({**GPTQ, "bits": None}, "bits and group_size is .None, 128., expected two integers"),
         ({**GPTQ, "group_size": 0}, "group_size is 0, expected -1 or a positive"),
         ({**GPTQ, "dynamic": {"+:(": {"bits": 8}}}, "dynamic is '.*', expected a regular expr"),
+        (
+            {**GPTQ, "dynamic": {"+:a{99999999999999999999}": {"bits": 8}}},
+            "dynamic is 'a{9{20}}', expected a regular expression .*too large",
+        ),
+        (
+            {**GPTQ, "extra_config": {"(" * 5000 + ")" * 5000: {"bits": 8}}},
+            r"extra_config is '.*\(+\)+.*', expected a regular expression .*recursion",
+        ),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "expected two positive integers"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "expected two positive integers"),
         ({**GPTQ, "extra_config": {"(": {"bits": 8}}}, "extra_config is '.*', expected a regular"),

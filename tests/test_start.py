@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a start leaves in a mixed model's ``VllmConfig``; tests/engine starts engines."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.loading.serving import make_plan, needs_cpu, write_base
+from vllm_mixprec import compose
+from vllm_mixprec.quant.config import LOAD_FORMAT, METHOD
+
+pytestmark = needs_cpu
+
+SAID = "draft_load_config is not used: the plan routes the MTP layers too"
+
+
+def draft(folder: Path, **options: Any) -> VllmConfig:
+    compose(make_plan(write_base(folder / "base"), {}, {}), folder / "mixed")
+    return EngineArgs(
+        str(folder / "mixed"),
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1, **options},
+    ).create_engine_config()
+
+
+def test_own_draft_loads_through_the_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = draft(tmp_path)
+    assert config.load_config.load_format == LOAD_FORMAT
+    assert config.speculative_config.draft_load_config is None
+    assert config.speculative_config.draft_model_config.quantization == METHOD
+    assert SAID not in caplog.text
+
+
+def test_load_config_beside_an_own_draft_is_dropped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = draft(tmp_path, draft_load_config={"load_format": "dummy"})
+    assert config.speculative_config.draft_load_config is None
+    assert [r.levelname for r in caplog.records if SAID in r.getMessage()] == ["WARNING"]
