@@ -12,12 +12,16 @@ from tests.engine.mixes import DEMO, SOURCES, Mix
 
 @cache
 def prompts(model: str) -> list[list[int]]:
-    """Four prompts of 120 tokens: held-out text for the trained model, noise for the random one."""
+    """Four prompts: held-out text for the trained model, noise for the random ones.
+
+    120 tokens each, but 60 for the architectures of 64 tokens and, some of them, 64 of context.
+    """
     if model == "demo":
         text = list((DEMO / "heldout.txt").read_bytes()[4000:])
         return [text[start : start + 120] for start in range(0, 4 * 2000, 2000)]
+    vocabulary, length = (256, 120) if model == "random" else (64, 60)
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 256, (120,), generator=generator).tolist() for _ in range(4)]
+    return [torch.randint(vocabulary, (length,), generator=generator).tolist() for _ in range(4)]
 
 
 @cache

@@ -3,6 +3,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the tests ask workers by passing a function
 }
+EAGER = {"enforce_eager": True}  # an engine starts in 2 to 3 s instead of 12
 
 
 def compose_plan(folder: Path, plan: dict) -> Path:
@@ -55,3 +57,54 @@ def run_engines(folder: Path, jobs: list[dict], workers: int = 1, **options) -> 
     if code:
         raise AssertionError(f"the engines' process exited {code}:\n{log.read_text()[-6000:]}")
     return json.loads(result_file.read_text())
+
+
+def run_stages(folder: Path, jobs: list[dict], **options) -> dict:
+    """Run ``jobs`` in two pipeline stages, each an engine in a process that stays for all of them.
+
+    The way of vLLM's ``external_launcher``, for torchrun: it spares the 20 s in which the workers
+    of every engine import vLLM again. Log-probabilities are the last stage's, which alone has them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = {
+        "pipeline_parallel_size": 2,
+        "distributed_executor_backend": "external_launcher",
+        "distributed_timeout_seconds": 120,  # when one stage fails and the other waits for it
+        "enable_prefix_caching": False,  # both stages must schedule alike
+    }
+    (folder / "jobs.json").write_text(
+        json.dumps({"engine": ENGINE | layout | options, "jobs": jobs})
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    stages = []
+    for rank in ("0", "1"):
+        environment = ENVIRONMENT | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        with (folder / f"stage{rank}.log").open("w") as log:
+            stages.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.engine.runner"]
+                    + [folder / "jobs.json", folder / f"stage{rank}.json"],
+                    cwd=ROOT,
+                    env=os.environ | environment | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        codes = [stage.wait(timeout=1800) for stage in stages]
+    finally:
+        for stage in stages:
+            stage.kill()
+    if any(codes):
+        logs = "\n".join((folder / f"stage{r}.log").read_text()[-3000:] for r in (0, 1))
+        raise AssertionError(f"the stages' processes exited {codes}:\n{logs}")
+    first, last = (json.loads((folder / f"stage{r}.json").read_text()) for r in (0, 1))
+    return {
+        name: first[name]
+        if "error" in first[name]
+        else result | {"workers": first[name]["workers"] + result.get("workers", [])}
+        for name, result in last.items()
+    }

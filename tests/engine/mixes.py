@@ -13,10 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo-moe"
 RANDOM = ROOT / "tests" / "fixtures" / "random-moe"
+ARCHITECTURES = ROOT / "tests" / "fixtures" / "architectures"
 
 SOURCES = {
     "demo": {name: DEMO / name for name in ("bf16", "fp8", "int4")},
     "random": {name: RANDOM / name for name in ("bf16", "fp8", "gptq", "gptq-asym")},
+} | {
+    folder.name: {name: folder / name for name in ("bf16", "fp8", "int4")}
+    for folder in ARCHITECTURES.iterdir()
 }
 
 # Mean absolute difference, nats a token. bf16 arithmetic alone costs 0.008 on the random model;

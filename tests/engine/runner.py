@@ -3,23 +3,29 @@
 
 python -m tests.engine.runner JOBS.json OUT.json
 
-JOBS: {"engine": {LLM options}, "jobs": [{"name", "model", "prompts", "options": {more}}]}. OUT:
-for each name {"log_probs": [...], "workers": [loaded_modules() of each]} or {"error": "..."}.
+JOBS: {"engine": {LLM options}, "jobs": [{"name", "model", "prompts", "options": {more},
+"environment": {variables}, "new_tokens": continue instead of score}]}. OUT: for each name what
+:func:`log_probs` or :func:`greedy` returns, with the seconds it took, or {"error": "..."}.
 """
 
 import gc
 import json
+import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
 
 def loaded_modules(worker) -> dict:
     """Runs inside each worker: what it holds, by the base's names."""
+    from vllm.config import set_current_vllm_config
+
     from vllm_mixprec.loading.loader import rank_routes
 
     config = worker.model_runner.vllm_config.quant_config
-    from vllm.config import set_current_vllm_config
+    if config is None:  # stock vLLM
+        return {}
 
     with set_current_vllm_config(worker.model_runner.vllm_config):
         routes = rank_routes(worker.model_runner.get_model(), config)
@@ -30,28 +36,68 @@ def loaded_modules(worker) -> dict:
     }
 
 
-def run(job: dict, options: dict) -> dict:
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
+def log_probs(llm, job: dict) -> dict:
+    """Score the prompts, all in one batch; a first stage in its own engine only lends a hand."""
+    from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    llm = LLM(job["model"], **options | job.get("options", {}))
-    parameters = SamplingParams(prompt_logprobs=0, max_tokens=1, detokenize=False)
+    scores = os.environ.get("RANK", "1") == "1"
+    parameters = SamplingParams(
+        prompt_logprobs=0 if scores else None, max_tokens=1, detokenize=False
+    )
     prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
-    outputs = llm.generate(prompts, parameters, use_tqdm=False)
     found = [
         entry[token].logprob
-        for output in outputs
+        for output in llm.generate(prompts, parameters, use_tqdm=False)
         for token, entry in zip(
-            output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+            output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=scores
         )
     ]
-    workers = llm.collective_rpc(loaded_modules)
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    return {"log_probs": found, "workers": workers}
+    return {"log_probs": found, "workers": llm.collective_rpc(loaded_modules)}
+
+
+def greedy(llm, job: dict) -> dict:
+    """Continue one prompt after the other; counts what a draft proposed and had accepted."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    parameters = SamplingParams(
+        temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False
+    )
+    tokens = []
+    for prompt in job["prompts"]:
+        request = [TokensPrompt(prompt_token_ids=prompt)]
+        (output,) = llm.generate(request, parameters, use_tqdm=False)
+        tokens.append(list(output.outputs[0].token_ids))
+    counted = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    drafts = {
+        name: counted.get(f"vllm:spec_decode_num_{name}")
+        for name in ("draft_tokens", "accepted_tokens")
+    }
+    return {"tokens": tokens, **drafts}
+
+
+def run(job: dict, options: dict) -> dict:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    environment = os.environ.copy()  # vLLM sets variables that would outlast the job
+    os.environ |= job.get("environment", {})
+    begun = time.monotonic()
+    llm = None
+    try:
+        llm = LLM(job["model"], **options | job.get("options", {}))
+        started = time.monotonic()
+        result = greedy(llm, job) if "new_tokens" in job else log_probs(llm, job)
+        return result | {"start_s": started - begun, "run_s": time.monotonic() - started}
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        os.environ.clear()
+        os.environ |= environment
 
 
 def main() -> None:
