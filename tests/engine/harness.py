@@ -3,9 +3,9 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 from tests.engine.mixes import ROOT
@@ -69,19 +69,20 @@ def run_stages(folder: Path, jobs: list[dict], **options) -> dict:
     layout = {
         "pipeline_parallel_size": 2,
         "distributed_executor_backend": "external_launcher",
+        "worker_cls": "tests.engine.stages.StageWorker",
         "distributed_timeout_seconds": 120,  # when one stage fails and the other waits for it
         "enable_prefix_caching": False,  # both stages must schedule alike
     }
-    (folder / "jobs.json").write_text(
-        json.dumps({"engine": ENGINE | layout | options, "jobs": jobs})
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    run = uuid.uuid4().hex
+    jobs = [
+        job | {"environment": {"STAGES_MEET_AT": str(folder / f"{run}-{number}")}}
+        for number, job in enumerate(jobs)
+    ]
+    work = {"engine": ENGINE | layout | options, "jobs": jobs}
+    (folder / "jobs.json").write_text(json.dumps(work))
     stages = []
     for rank in ("0", "1"):
         environment = ENVIRONMENT | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with (folder / f"stage{rank}.log").open("w") as log:
             stages.append(
                 subprocess.Popen(
@@ -98,6 +99,9 @@ def run_stages(folder: Path, jobs: list[dict], **options) -> dict:
     finally:
         for stage in stages:
             stage.kill()
+        # What a stage that was killed leaves behind.
+        for left in Path("/dev/shm").glob(f"{run}-*"):
+            left.unlink(missing_ok=True)
     if any(codes):
         logs = "\n".join((folder / f"stage{r}.log").read_text()[-3000:] for r in (0, 1))
         raise AssertionError(f"the stages' processes exited {codes}:\n{logs}")
