@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -90,7 +91,9 @@ def load(config: Path, weights: Weights) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(plain))
         save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        model, report = AutoModelForCausalLM.from_pretrained(
+        # By name: vLLM, in the same process, gives some model types another class.
+        architecture = getattr(transformers, plain["architectures"][0], AutoModelForCausalLM)
+        model, report = architecture.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
     wrong = {key: sorted(names) for key, names in report.items() if names}
