@@ -74,7 +74,9 @@ def patches() -> tuple[Patch, ...]:
         indexer_types,
         indexer_wk,
         reload_end,
+        stat_logger_client,
         vocabulary,
+        worker_hook,
     )
 
     return (
@@ -87,5 +89,7 @@ def patches() -> tuple[Patch, ...]:
         indexer_wk.CALLS,
         indexer_wk.FORMATS,
         reload_end.PATCH,
+        stat_logger_client.PATCH,
         vocabulary.PATCH,
+        worker_hook.PATCH,
     )

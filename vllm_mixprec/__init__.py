@@ -6,19 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_mixprec.composition import compose
+    from vllm_mixprec.experts.collect import expert_stats
+    from vllm_mixprec.experts.snapshot import ExpertSnapshot
     from vllm_mixprec.plan import Plan
     from vllm_mixprec.routing import check
 
     __version__: str
 
-__all__ = ["Plan", "__version__", "check", "compose"]
+__all__ = ["ExpertSnapshot", "Plan", "__version__", "check", "compose", "expert_stats"]
 
 # Public name -> where it is defined. Looked up on first use, so that importing the package is
 # quick and imports neither torch nor vLLM.
 _PUBLIC = {
+    "ExpertSnapshot": "vllm_mixprec.experts.snapshot",
     "Plan": "vllm_mixprec.plan",
     "check": "vllm_mixprec.routing",
     "compose": "vllm_mixprec.composition",
+    "expert_stats": "vllm_mixprec.experts.collect",
 }
 
 

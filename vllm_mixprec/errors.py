@@ -24,3 +24,7 @@ class RouteError(MixPrecError):
 
 class UnsupportedError(MixPrecError):
     """The input is well formed, but this version cannot serve it."""
+
+
+class StatsUnavailableError(MixPrecError):
+    """The engine counts no experts: it was told not to, or its model has none."""

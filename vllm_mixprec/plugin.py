@@ -27,6 +27,7 @@ def register() -> None:
 
     from vllm_mixprec.loading.loader import MixPrecLoader
     from vllm_mixprec.models.dsa import DENSE
+    from vllm_mixprec.patches import worker_hook
     from vllm_mixprec.quant.config import LOAD_FORMAT, METHOD, MixPrecConfig
 
     register_quantization_config(METHOD)(MixPrecConfig)
@@ -34,6 +35,7 @@ def register() -> None:
     for name in set(DENSE.values()):
         ModelRegistry.register_model(name, f"vllm_mixprec.models.dense_dsa:{name}")
     _hook_start()
+    worker_hook.apply()
     _registered = True
     if Path(sys.argv[0]).name == "vllm":
         _say_errors_plainly()
@@ -83,10 +85,16 @@ def _hook_start() -> None:
             # vLLM's own for DeepSeek-V3.2 insists on the index_topk that serve_dense takes away.
             if not hasattr(vllm_config.model_config.hf_config, INDEXER_KEY):
                 super().verify_and_update_config(vllm_config)
-            if vllm_config.model_config.quantization == "mixprec":
-                from vllm_mixprec.start import prepare
+            from vllm_mixprec.start import prepare, prepare_counters
 
+            if vllm_config.model_config.quantization == "mixprec":
                 prepare(vllm_config)
+            prepare_counters(vllm_config)
+            # This runs in the front end alone, where the first engine's client is still to come.
+            from vllm_mixprec.patches import stat_logger_client
+
+            if stat_logger_client.needed():
+                stat_logger_client.apply()
 
     hooks: dict[type, Any] = {VerifyAndUpdateConfig: PrepareMixPrec}
     for architecture in ModelRegistry.get_supported_archs():

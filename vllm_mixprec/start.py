@@ -8,6 +8,8 @@ from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm_mixprec.errors import PlanError, UnsupportedError
+from vllm_mixprec.experts.collect import ENABLED_KEY
+from vllm_mixprec.experts.setting import metrics_setting
 from vllm_mixprec.models.dsa import (
     ARCHITECTURES_KEY,
     DENSE,
@@ -93,6 +95,19 @@ def prepare(vllm_config: VllmConfig) -> None:
         **(vllm_config.additional_config or {}),
         "mixprec_routes_sha256": report.table.fingerprint,
     }
+
+
+def prepare_counters(vllm_config: VllmConfig) -> None:
+    """Have the workers of an MoE model, mixed or not, count which experts work.
+
+    Raises:
+        UnsupportedError: the environment variable for it holds what it cannot.
+    """
+    if vllm_config.model_config.is_moe and metrics_setting() != "off":
+        vllm_config.additional_config = {
+            **(vllm_config.additional_config or {}),
+            ENABLED_KEY: True,
+        }
 
 
 def _prepare_draft(

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.conftest import MODELS
 
-COMMANDS = ("inspect", "plan", "check", "compose", "doctor")
+COMMANDS = ("inspect", "plan", "check", "compose", "stats", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

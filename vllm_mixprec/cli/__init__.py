@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 
 import vllm_mixprec
-from vllm_mixprec.cli import check, compose, doctor, inspect, plan
+from vllm_mixprec.cli import check, compose, doctor, inspect, plan, stats
 from vllm_mixprec.cli.output import print_json
 from vllm_mixprec.errors import MixPrecError
 
 # Each module has add_parser(commands) and run(arguments) -> exit code.
-COMMANDS = (inspect, plan, check, compose, doctor)
+COMMANDS = (inspect, plan, check, compose, stats, doctor)
 
 
 class _Version(argparse.Action):

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The counts of real engines, to the last one.
+
+Held against what transformers' routers choose in float32 for the same sequences, and against the
+tokens that vLLM's scheduler handed out. The engine computes in float32 there, so that no near-tie
+falls the other way. vLLM's own returned routed experts need its V2 model runner, which asks for
+Triton and so for a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine import reference
+from tests.engine.architectures import ARCHITECTURES, BY_NAME
+from tests.engine.harness import ENGINE, ENVIRONMENT, compose_plan
+from tests.engine.mixes import MIXES, ROOT, SOURCES
+
+pytestmark = pytest.mark.engine
+
+RANDOM = SOURCES["random"]["bf16"]
+TRAFFIC = ["nothing", "plain", "cached_prefix", "sampled_in_parallel", "aborted"]
+ONE_PROCESS = {"distributed_executor_backend": "uni"}
+EAGER = {"enforce_eager": True}
+FLOAT32 = {"dtype": "float32"}
+MTP = "glm4_moe/experts"
+
+# Layout -> model, options, scenarios. Where a layer mixes formats or a worker has half a core, bf16
+# arithmetic decides near-ties otherwise than float32: there the sums are exact, the shares are not.
+LAYOUTS: dict[str, tuple[str, dict, list[str]]] = {
+    "eager": ("random", ONE_PROCESS | EAGER | FLOAT32, TRAFFIC),
+    "compiled": ("random", ONE_PROCESS | FLOAT32, TRAFFIC),
+    "chunked": (
+        "random",
+        ONE_PROCESS | EAGER | FLOAT32 | {"max_num_batched_tokens": 16, "max_num_seqs": 8},
+        ["plain"],
+    ),
+    "preempting": (
+        "random",
+        ONE_PROCESS | EAGER | FLOAT32 | {"num_gpu_blocks_override": 6, "disable_log_stats": False},
+        ["preempted"],
+    ),
+    "mixed": ("four-groups", ONE_PROCESS, TRAFFIC),
+    "drafting": (
+        MTP,
+        ONE_PROCESS
+        | EAGER
+        | ARCHITECTURES[BY_NAME[MTP].model].options
+        | {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
+        | {"max_model_len": 256},
+        ["plain"],
+    ),
+    "two stages": ("random", {"pipeline_parallel_size": 2} | FLOAT32, TRAFFIC),
+    "two shards": ("random", {"tensor_parallel_size": 2} | EAGER | FLOAT32, TRAFFIC),
+    "experts apart": (
+        "four-groups",
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True} | EAGER,
+        ["plain"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Run a layout's engine when it is first asked for."""
+
+    @cache
+    def run(layout: str) -> tuple[subprocess.CompletedProcess, Path]:
+        model, options, scenarios = LAYOUTS[layout]
+        folder = tmp_path_factory.mktemp(layout.replace(" ", "-"))
+        mixes = {mix.name: mix for mix in MIXES} | BY_NAME
+        path = compose_plan(folder / "m", mixes[model].plan()) if model in mixes else RANDOM
+        job = {"model": str(path), "options": ENGINE | options, "scenarios": scenarios}
+        (folder / "job.json").write_text(json.dumps(job))
+        two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+        environment = ENVIRONMENT | ({} if ONE_PROCESS.items() <= options.items() else two)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.experts.counting", folder / "job.json", folder / "out"],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        return done, folder / "out"
+
+    def result(layout: str) -> dict:
+        done, out = run(layout)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return json.loads(out.read_text())
+
+    return result
+
+
+def chosen(sequences: list[list[int]], top_k: int) -> np.ndarray:
+    """Return int64 [layers, experts]: the choices of transformers' routers in float32."""
+    model = reference.load(RANDOM, reference.dequantised(RANDOM))
+    counts = 0
+    for sequence in sequences:
+        with torch.no_grad():
+            logits = model(torch.tensor([sequence]), output_router_logits=True).router_logits
+        counts = counts + np.array(
+            [
+                np.bincount(layer.topk(top_k).indices.flatten(), minlength=layer.shape[1])
+                for layer in logits
+            ]
+        )
+    return counts
+
+
+CASES = [
+    (layout, scenario) for layout, (_, _, scenarios) in LAYOUTS.items() for scenario in scenarios
+]
+
+
+@pytest.mark.parametrize(("layout", "scenario"), CASES)
+def test_every_layer_counts_every_token_that_was_scheduled(results, layout, scenario):
+    result = results(layout)[scenario]
+    (scheduled,) = set(result["scheduled"])
+    assert scheduled > 0 or scenario == "nothing"
+    assert result["tokens"] == scheduled
+    sums = np.array(result["counts"]).sum(axis=1)
+    assert sums.tolist() == [scheduled * result["top_k"]] * len(result["layers"])
+
+
+@pytest.mark.parametrize(
+    "layout", [name for name, layout in LAYOUTS.items() if layout[0] == "random"]
+)
+def test_each_expert_is_counted_as_transformers_chooses(results, layout):
+    if "plain" not in LAYOUTS[layout][2]:
+        pytest.skip("what is computed anew is not known to transformers")
+    result = results(layout)["plain"]
+    assert result["layers"] == ["0", "1"]
+    assert (np.array(result["counts"]) == chosen(result["sequences"], result["top_k"])).all()
+
+
+def test_a_preempted_request_is_counted_for_what_it_computes_anew(results):
+    preemptions = results("preempting")["preemptions"]
+    assert preemptions > 0
+    result = results("preempting")["preempted"]
+    assert result["tokens"] > 100 + 101 + 102 + 103 + 4 * 59
+    assert result["requests"] == 4
+
+
+def test_each_request_is_counted_once(results):
+    counted = {name: results("eager")[name]["requests"] for name in TRAFFIC}
+    assert counted == {
+        "nothing": 0,
+        "plain": 4,
+        "cached_prefix": 2,
+        "sampled_in_parallel": 6,
+        "aborted": 3,
+    }
+
+
+def test_a_draft_is_counted_apart(results):
+    result = results("drafting")["plain"]
+    draft = result["draft"]
+    config = json.loads((SOURCES[BY_NAME[MTP].model]["bf16"] / "config.json").read_text())
+    assert draft["layers"] == [str(config["num_hidden_layers"])]
+    assert draft["layers"][0] not in result["layers"]
+    # The draft sees what the target saw, and its own first token of each pair.
+    assert draft["tokens"] > result["tokens"] - 4 * 3
+    sums = np.array(draft["counts"]).sum(axis=1)
+    assert sums.tolist() == [draft["tokens"] * draft["top_k"]]
+
+
+def test_without_a_draft_there_is_none(results):
+    assert results("eager")["plain"]["draft"] is None

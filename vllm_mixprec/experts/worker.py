@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert statistics in a vLLM worker process: installs the counters and answers for them.
+
+Nothing of vLLM is replaced: :func:`watch` wraps three methods of the one worker object, and its
+answers are methods of that object, which ``collective_rpc`` finds by name.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed import get_pp_group, get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+    RoutedExpertsCaptureSource,
+)
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_mixprec.errors import UnsupportedError
+from vllm_mixprec.experts.collect import counters_enabled
+from vllm_mixprec.experts.counter import LayerCounter, attach, attach_source
+from vllm_mixprec.experts.history import History, Totals
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+logger = init_logger("vllm.mixprec")
+
+
+def watch(worker: "WorkerBase") -> None:
+    """Have a worker count its experts, if its engine was told to."""
+    config = worker.vllm_config
+    if not counters_enabled(config):
+        return
+    if config.parallel_config.prefill_context_parallel_size > 1:
+        logger.warning(
+            "expert statistics are off: which rows of a batch belong to a rank under prefill "
+            "context parallelism is not known"
+        )
+        return
+    statistics = WorkerStatistics(worker)
+    _after(worker, "load_model", statistics.install)
+    # Compilation, profiling and warm-up are over when this returns, and no request has come.
+    _after(worker, "compile_or_warm_up_model", statistics.begin)
+    execute = worker.execute_model
+
+    @wraps(execute)
+    def execute_model(scheduler_output: Any) -> Any:
+        statistics.count_requests(scheduler_output)
+        return execute(scheduler_output)
+
+    worker.execute_model = execute_model  # type: ignore[method-assign]
+    for name in ("mixprec_expert_stats", "mixprec_reset_expert_stats"):
+        setattr(worker, name, getattr(statistics, name))
+
+
+def _after(worker: "WorkerBase", name: str, then: Callable[[], None]) -> None:
+    method = getattr(worker, name)
+
+    @wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        then()
+        return result
+
+    setattr(worker, name, wrapped)
+
+
+class WorkerStatistics:
+    """The counters of one worker's layers, and what it answers about them."""
+
+    def __init__(self, worker: "WorkerBase") -> None:
+        self._worker = worker
+        self._requests = 0
+        self._running: set[str] = set()
+        self._layers: list[dict[str, Any]] = []
+        self._experts = 0
+        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._tokens = torch.zeros(2, dtype=torch.int64)
+        self._history = History(time.time(), 0, 0)
+
+    def install(self) -> None:
+        """Find the worker's MoE layers, its draft's too, and attach a counter to each."""
+        config = self._worker.vllm_config
+        target = {id(module) for module in self._worker.get_model().modules()}
+        found: list[tuple[Any, str, bool]] = [
+            (layer, layer.layer_name, id(layer) not in target)
+            for layer in config.compilation_config.static_forward_context.values()
+            if isinstance(layer, MoERunner)
+        ]
+        found += [
+            (module, name, False)
+            for name, module in self._worker.get_model().named_modules()
+            if isinstance(module, RoutedExpertsCaptureSource)
+        ]
+        if not found:
+            return
+        parallel = config.parallel_config
+        experts = max(_experts_of(layer, config) for layer, _, _ in found)
+        device = self._worker.device
+        rows = config.scheduler_config.max_num_batched_tokens * parallel.data_parallel_size
+        # Sequence parallelism and CUDA graphs pad a batch.
+        rows += 1024 + parallel.tensor_parallel_size * parallel.data_parallel_size
+        ubatches = parallel.num_ubatches if parallel.enable_dbo else 1
+        real = torch.zeros((ubatches, rows), dtype=torch.bool, device=device)
+        self._counts = torch.zeros(len(found) * experts, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(2, dtype=torch.int64, device=device)
+        marked: set[bool] = set()
+        labels = _labels([(name, draft) for _, name, draft in found])
+        for row, (layer, _, draft) in enumerate(found):
+            sp_size = layer.moe_config.sp_size if isinstance(layer, MoERunner) else 1
+            counter = LayerCounter(
+                self._counts,
+                self._tokens[int(draft) : int(draft) + 1],
+                real,
+                offset=row * experts,
+                experts=_experts_of(layer, config),
+                marks=draft not in marked,
+                shares=(
+                    parallel.data_parallel_rank,
+                    get_tp_group().rank_in_group if sp_size > 1 else 0,
+                    sp_size,
+                ),
+            )
+            try:
+                if isinstance(layer, MoERunner):
+                    attach(layer, counter)
+                else:
+                    attach_source(layer, counter)
+            except UnsupportedError as problem:
+                logger.warning("expert statistics: %s", problem)
+                continue
+            marked.add(draft)
+            self._layers.append(
+                {
+                    "layer": labels[row],
+                    "draft": draft,
+                    "row": row,
+                    "experts_per_token": _top_k_of(layer, config),
+                    "shared": sp_size > 1,
+                }
+            )
+        self._experts = experts
+
+    def begin(self) -> None:
+        """Forget what profiling and warm-up ran through the layers."""
+        self._counts.zero_()
+        self._tokens.zero_()
+        self._requests = 0
+        self._history = History(time.time(), len(self._layers), self._experts)
+
+    def count_requests(self, scheduler_output: Any) -> None:
+        """Count the requests that begin; the V2 runner is told of a preempted one as of a new."""
+        self._running -= scheduler_output.finished_req_ids
+        if scheduler_output.scheduled_new_reqs:
+            begun = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+            self._requests += len(begun - self._running)
+            self._running |= begun
+
+    def mixprec_expert_stats(
+        self, now_s: float, minutes: float | None = None, total: bool = False
+    ) -> dict[str, Any] | None:
+        """Answer what this worker counted.
+
+        Args:
+            now_s: unix time of the caller's clock, the same for all workers.
+            minutes: over the last that many minutes, at most 60; None for since the last reset.
+            total: since the engine's start, whatever was reset.
+
+        Returns:
+            None where another rank of the tensor-parallel group answers; else, in types that
+            msgpack knows: ``layers`` (label, draft, experts_per_token each), ``counts`` (int64
+            bytes, ``[layers, experts]``), ``tokens`` (target's, draft's), ``requests``,
+            ``started_s``, ``seconds``, ``last_activation_s`` (float64 bytes, as counts),
+            ``pp_rank``.
+        """
+        totals = self._read(now_s)
+        if totals is None:
+            return None
+        history = self._history
+        history.add(totals)
+        if total:
+            return self._answer(history.start, totals)
+        if minutes is not None:
+            return self._answer(history.since(now_s - 60 * minutes), totals)
+        return self._answer(history.window, totals)
+
+    def mixprec_reset_expert_stats(self, now_s: float) -> dict[str, Any] | None:
+        """Begin a new window, while what is counted in all goes on.
+
+        Returns:
+            What :meth:`mixprec_expert_stats` would have said of the window that ends: whoever
+            resets reads it in the same breath, so that nothing falls between two windows.
+        """
+        totals = self._read(now_s)
+        if totals is None:
+            return None
+        ended = self._history.window
+        self._history.reset(totals)
+        return self._answer(ended, totals)
+
+    def _answer(self, first: Totals, last: Totals) -> dict[str, Any]:
+        """Say what was counted between two readings."""
+        return {
+            "pp_rank": get_pp_group().rank_in_group,
+            "layers": [
+                {key: layer[key] for key in ("layer", "draft", "experts_per_token")}
+                for layer in self._layers
+            ],
+            "experts": self._experts,
+            "counts": (last.counts - first.counts).tobytes(),
+            "tokens": [now - then for now, then in zip(last.tokens, first.tokens, strict=True)],
+            "requests": last.requests - first.requests,
+            "started_s": first.time_s,
+            "seconds": max(0.0, last.time_s - first.time_s),
+            "last_activation_s": self._history.last_activation_s.tobytes(),
+        }
+
+    def _read(self, now_s: float) -> Totals | None:
+        """Copy the counters to the host; waits for the step that runs."""
+        shared = any(layer["shared"] for layer in self._layers)
+        if get_tp_group().rank_in_group and not shared:
+            return None
+        rows = [layer["row"] for layer in self._layers]
+        # The fancy index copies: on a CPU .numpy() shows the counters themselves.
+        counts = self._counts.cpu().numpy().reshape(-1, self._experts or 1)[rows]
+        target, draft = self._tokens.tolist()
+        return Totals(now_s, counts, (target, draft), self._requests)
+
+
+def _experts_of(layer: Any, config: Any) -> int:
+    """Return how many logical experts a layer has."""
+    if isinstance(layer, MoERunner):
+        return int(layer.moe_config.num_logical_experts)
+    return int(config.model_config.get_num_experts())
+
+
+def _top_k_of(layer: Any, config: Any) -> int:
+    if isinstance(layer, MoERunner):
+        return int(layer.moe_config.experts_per_token)
+    return int(config.model_config.get_num_experts_per_tok())
+
+
+def _labels(layers: list[tuple[str, bool]]) -> list[str]:
+    """Name layers by their number in the model.
+
+    A draft whose numbers are the target's too gets ``draft.0``; a model with several MoE layers
+    under one number (text and vision experts) gets whole names.
+    """
+    numbers = [_number_of(name) for name, _ in layers]
+    targets = Counter(n for n, (_, draft) in zip(numbers, layers, strict=True) if not draft)
+    drafts = Counter(n for n, (_, draft) in zip(numbers, layers, strict=True) if draft)
+    labels = []
+    for number, (name, draft) in zip(numbers, layers, strict=True):
+        if (drafts if draft else targets)[number] > 1:
+            labels.append(name)
+        else:
+            labels.append(f"draft.{number}" if draft and number in targets else number)
+    return labels
+
+
+def _number_of(name: str) -> str:
+    try:
+        return str(extract_layer_index(name))
+    except (AssertionError, ValueError):  # none or several numbers
+        return name
