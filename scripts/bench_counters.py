@@ -42,7 +42,7 @@ BATCHES = (1, 8, 64)
 AIM = 0.995
 MAX_MODEL_LEN = 1024
 _PROMPT = 16
-_MIN_STEPS = 6
+_MIN_STEPS = 8
 _KV_BYTES = 1 << 30
 _VARIABLE = "VLLM_MIXPREC_EXPERT_METRICS"
 _PLUGINS = "mixprec,mixprec_metrics,mixprec_endpoints"
@@ -75,29 +75,23 @@ def start_engine(model: Path, counters: bool) -> Any:
         del os.environ[_VARIABLE]
 
 
-def decode(
-    llm: Any, requests: Requests, seed: int, steps: dict[int, int]
-) -> dict[int, list[float]]:
-    """Return the seconds of each decode step, by batch."""
-    generator = random.Random(f"prompts {seed}")
+def decode(llm: Any, requests: Requests, seed: int, batch: int, steps: int) -> list[float]:
+    """Return the seconds of each decode step of one batch."""
+    generator = random.Random(f"prompts {seed} {batch}")
     requests.run(llm, requests.prompts(generator, 1, _PROMPT), 4)  # wake the workers
-    found = {}
-    for batch, count in steps.items():
-        prompts = requests.prompts(generator, batch, _PROMPT)
-        times = requests.run(llm, prompts, count + 1)
-        found[batch] = [b - a for a, b in zip(times, times[1:], strict=False)]
-    return found
+    times = requests.run(llm, requests.prompts(generator, batch, _PROMPT), steps + 1)
+    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
 
 
 def choose_steps(llm: Any, requests: Requests, seconds: float) -> dict[int, int]:
-    """How many steps take about ``seconds``, by batch."""
-    decode(llm, requests, -2, dict.fromkeys(BATCHES, _MIN_STEPS))
-    times = decode(llm, requests, -1, dict.fromkeys(BATCHES, _MIN_STEPS))
-    most = MAX_MODEL_LEN - _PROMPT - 1
-    return {
-        batch: min(most, max(_MIN_STEPS, round(seconds / statistics.median(values))))
-        for batch, values in times.items()
-    }
+    """How many steps take about ``seconds``, by batch; warms the engine up."""
+    found = {}
+    for batch in BATCHES:
+        decode(llm, requests, -2, batch, _MIN_STEPS)
+        step = statistics.median(decode(llm, requests, -1, batch, _MIN_STEPS))
+        found[batch] = min(MAX_MODEL_LEN - _PROMPT - 1, max(_MIN_STEPS, round(seconds / step)))
+    time.sleep(_IDLE_S)
+    return found
 
 
 def bench_decode(model: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -111,36 +105,29 @@ def bench_decode(model: Path, options: argparse.Namespace) -> dict[str, Any]:
             engines.append(start_engine(model, counters))
             say(f"counters {'on' if counters else 'off'}: {time.perf_counter() - begun:.0f} s")
         steps = choose_steps(engines[0], requests, options.seconds)
-        time.sleep(_IDLE_S)
         choose_steps(engines[1], requests, options.seconds)  # both draw as many random numbers
-        time.sleep(_IDLE_S)
         say(f"steps by batch: {steps}")
         for number in range(options.pairs):
-            times: dict[int, dict[int, list[float]]] = {}
-            for which in (0, 1) if number % 2 == 0 else (1, 0):
-                times[which] = decode(engines[which], requests, number, steps)
-                time.sleep(_IDLE_S)
-            pairs.append(
-                {
-                    "load_average": os.getloadavg()[0],
-                    "without_ms": {b: [1e3 * t for t in v] for b, v in times[0].items()},
-                    "with_ms": {b: [1e3 * t for t in v] for b, v in times[1].items()},
-                }
-            )
-            line = ", ".join(
-                f"batch {batch}: {sum(times[0][batch]) / sum(times[1][batch]):.4f}"
-                for batch in steps
-            )
-            say(f"pair {number + 1} of {options.pairs}: {line}")
+            ms: tuple[dict[int, list[float]], ...] = ({}, {})
+            for batch, count in steps.items():
+                for which in (0, 1) if number % 2 == 0 else (1, 0):
+                    times = decode(engines[which], requests, number, batch, count)
+                    ms[which][batch] = [1e3 * seconds for seconds in times]
+                    time.sleep(_IDLE_S)
+            load = os.getloadavg()[0]
+            pairs.append({"load_average": load, "without_ms": ms[0], "with_ms": ms[1]})
+            found = ", ".join(f"batch {b}: {sum(ms[0][b]) / sum(ms[1][b]):.4f}" for b in steps)
+            say(f"pair {number + 1} of {options.pairs}, load {load:.1f}: {found}")
     finally:
         for llm in engines:
             llm.llm_engine.engine_core.shutdown()
-    ratios = {}
-    for name, of in (("throughput", sum), ("median step", statistics.median)):
-        for batch in steps:
-            ratios[f"{name}, batch {batch}"] = [
-                of(pair["without_ms"][batch]) / of(pair["with_ms"][batch]) for pair in pairs
-            ]
+    ratios = {
+        f"{name}, batch {batch}": [
+            of(pair["without_ms"][batch]) / of(pair["with_ms"][batch]) for pair in pairs
+        ]
+        for name, of in (("throughput", sum), ("median step", statistics.median))
+        for batch in steps
+    }
     return {"steps": steps, "pairs": pairs, "ratios": ratios}
 
 
@@ -297,7 +284,7 @@ def scraping(urls: list[str], every_s: float) -> Iterator[dict[str, int]]:
     scraped, problems = context.Value("q", 0), context.Value("q", 0)
     process = context.Process(target=scrape, args=(urls, every_s, scraped, problems), daemon=True)
     process.start()
-    while not scraped.value and process.is_alive():
+    while not scraped.value + problems.value and process.is_alive():
         time.sleep(0.05)
     try:
         yield counted
@@ -342,6 +329,8 @@ class Phase:
             never_reading(self.server, list(self.unread)),
         ):
             seen = asyncio.run(stream(self.server, clients, seconds, seed))
+        if scrapes["problems"]:
+            say(f"{self.name}: {scrapes['problems']} scrapes failed, {scrapes['scrapes']} did not")
         time.sleep(_IDLE_S)
         if len(seen.gaps) < 100:
             raise SystemExit(f"{self.name}: {len(seen.gaps)} tokens came; expected at least 100")

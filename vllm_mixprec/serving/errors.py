@@ -83,8 +83,8 @@ def explain(error: Exception, request: Request) -> ApiError:
             return ApiError(int(error.http_status), "unavailable", str(error))
         case VLLMClientError():
             status = 422 if isinstance(error, VLLMUnprocessableEntityError) else 400
-            field = getattr(error, "parameter", None)
-            return ApiError(status, "invalid_request", str(error), _FIELDS.get(field, field))
+            field: str | None = getattr(error, "parameter", None)
+            return ApiError(status, "invalid_request", str(error), _FIELDS.get(field or "", field))
         case EngineGenerateError():
             return ApiError(
                 500, "internal", "the engine failed on this request; the server's log says why"

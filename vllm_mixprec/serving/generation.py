@@ -47,11 +47,17 @@ async def generate(
     inputs = await client.renderer.render_cmpl_async(parsed, tokenization)
     runs = [asyncio.ensure_future(_run(client, one, parameters)) for one in inputs]
     try:
-        outputs = await asyncio.wait_for(asyncio.gather(*runs), LIMIT_S)
+        await asyncio.wait(runs, timeout=LIMIT_S, return_when=asyncio.FIRST_EXCEPTION)
+        failed = next((run for run in runs if run.done() and run.exception()), None)
+        if failed is not None:
+            await failed
+        if not all(run.done() for run in runs):
+            raise TimeoutError(f"not all was generated within {LIMIT_S:g} s. Ask for fewer tokens")
+        return [_describe(run.result()) for run in runs]
     finally:
         for run in runs:
             run.cancel()  # makes vLLM abort it; nothing to one that is done
-    return [_describe(output) for output in outputs]
+        await asyncio.gather(*runs, return_exceptions=True)
 
 
 async def _run(client: EngineClient, prompt: Any, parameters: SamplingParams) -> RequestOutput:

@@ -135,9 +135,9 @@ def _describe_experts(table: RouteTable) -> list[dict[str, Any]]:
     dims = ModelDims.from_config(table.base_config)
     layers: dict[str, dict[int, list[Route]]] = {}
     for module, route in table.routes.items():
-        name = parse_expert(module)
-        if name is not None and dims.is_loaded(module, table.layout.draft):
-            layers.setdefault(name.layer, {}).setdefault(name.expert, []).append(route)
+        part = parse_expert(module)
+        if part is not None and dims.is_loaded(module, table.layout.draft):
+            layers.setdefault(part.layer, {}).setdefault(part.expert, []).append(route)
     drafts = {name for name in layers if _is_draft(name, dims)}
     numbers = {name: layer_index(name) for name in layers}
     taken = {numbers[name] for name in layers if name not in drafts}

@@ -1,40 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every point where the package leans on vLLM, as one literal table.
+"""Couplings of routing, loading and the layers' methods."""
 
-``vllm-mixprec doctor`` probes it against the installed version, and a test compares it with the
-imports of the package; a new vLLM release is read against it first. This module itself imports
-vLLM only inside :func:`find_problem`.
-"""
-
-import importlib
-import inspect
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
-
-TESTED_VLLM = ((0, 32), (0, 34))
-"""Versions that the package is tested with: from the first, inclusive, to the second."""
-
-
-@dataclass(frozen=True, slots=True)
-class Coupling:
-    """One thing of vLLM's that the package uses.
-
-    Attributes:
-        symbol: ``module:attribute``; ``torch:ops._C.NAME`` for a compiled operator.
-        relies_on: what the package takes for granted about it.
-        parameters: that its signature, for a class its constructor's, takes by these names. For an
-            operator, which is called by position: all of its arguments, in order.
-        members: attributes and methods that a class has, be it only after its constructor.
-        family: the platform family (``cpu``, ``cuda``) that alone needs it; None for all.
-    """
-
-    symbol: str
-    relies_on: str
-    parameters: tuple[str, ...] = ()
-    members: tuple[str, ...] = ()
-    family: str | None = None
-
+from vllm_mixprec.couplings.base import Coupling
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 _LINEAR = "vllm.model_executor.layers.linear"
@@ -62,7 +29,7 @@ _CREATE_LINEAR = (
     "extra_weight_attrs",
 )
 
-COUPLINGS: tuple[Coupling, ...] = (
+LOADING: tuple[Coupling, ...] = (
     # Registries and the start-up hook: plugin.py, start.py.
     Coupling(
         f"{_QUANT}:register_quantization_config",
@@ -441,86 +408,3 @@ COUPLINGS: tuple[Coupling, ...] = (
         family="cpu",
     ),
 )
-
-
-def couplings_for(family: str) -> tuple[Coupling, ...]:
-    """Return the couplings that a platform family (``cpu-avx512``, ``cuda``, ...) needs."""
-    return tuple(
-        coupling
-        for coupling in COUPLINGS
-        if coupling.family is None or family.startswith(coupling.family)
-    )
-
-
-def find_problem(coupling: Coupling) -> str | None:
-    """Say why a coupling does not hold on the installed vLLM; None when it holds.
-
-    Imports vLLM, which writes to stdout and stderr.
-    """
-    module, _, path = coupling.symbol.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:  # whatever a broken install raises is the finding
-        return f"{module} cannot be imported: {_first_line(error)}"
-    if module == "vllm" and path == "_custom_ops":
-        return _find_missing(importlib.import_module("vllm._custom_ops"), coupling.members)
-    try:
-        for name in path.split("."):
-            found = getattr(found, name)
-    except (AttributeError, ImportError) as error:
-        return f"not there: {_first_line(error)}"
-    return _find_missing(found, coupling.members) or _find_misfit(found, coupling.parameters)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _find_missing(found: Any, members: Iterable[str]) -> str | None:
-    missing = [name for name in members if not _has_member(found, name)]
-    return f"lacks {', '.join(missing)}" if missing else None
-
-
-def _has_member(found: Any, name: str) -> bool:
-    """Whether an object has an attribute, or a class gives it to its instances."""
-    if hasattr(found, name) or name in getattr(found, "__dataclass_fields__", {}):
-        return True
-    for cls in getattr(found, "__mro__", ()):
-        if name in getattr(cls, "__annotations__", {}):
-            return True
-        code = getattr(cls.__dict__.get("__init__"), "__code__", None)
-        if code is not None and name in code.co_names:
-            return True
-    return False
-
-
-def _find_misfit(found: Any, parameters: tuple[str, ...]) -> str | None:
-    if not parameters:
-        return None
-    schema = getattr(getattr(found, "default", None), "_schema", None)
-    if schema is not None:
-        arguments = tuple(argument.name for argument in schema.arguments)
-        if arguments == parameters:
-            return None
-        return f"takes ({', '.join(arguments)}), expected ({', '.join(parameters)})"
-    try:
-        taken = _parameter_names(found)
-    except (TypeError, ValueError) as error:
-        return f"has no signature: {_first_line(error)}"
-    missing = [name for name in parameters if name not in taken]
-    return f"takes no {', '.join(missing)}, only {', '.join(taken)}" if missing else None
-
-
-def _parameter_names(found: Any) -> list[str]:
-    """Names that a call takes; a constructor with ``**kwargs`` passes those of its base on."""
-    if not isinstance(found, type):
-        return list(inspect.signature(found).parameters)
-    names: dict[str, None] = {}
-    for cls in found.__mro__:
-        if "__init__" not in cls.__dict__:
-            continue
-        parameters = inspect.signature(cls.__dict__["__init__"]).parameters
-        names |= dict.fromkeys(parameters)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            break
-    return [name for name in names if name != "self"]
