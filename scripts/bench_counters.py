@@ -6,12 +6,11 @@
     python scripts/bench_counters.py --scrapers   # decode under 200 scrapers and a client that
                                                   # never reads
 
-Two engines of one synthetic model, compiled as in production, stay alive beside each other; they
-differ in VLLM_MIXPREC_EXPERT_METRICS alone. They are measured by turns, A B B A, and a ratio is
-formed within each pair, so that what else the machine does hits both alike. Both get the same
-prompts and draw the same tokens. Idle engines use no CPU: after a measurement the script waits
-until that engine's worker has stopped polling for work. ``--control`` measures two engines without
-counters instead, which shows how far from 1 a ratio gets by chance.
+Decode: two engines of one synthetic model, compiled as in production, in one process; they differ
+in VLLM_MIXPREC_EXPERT_METRICS alone. They take turns step by step, A B B A, and a ratio is formed
+within each pair of a few hundred milliseconds a side, so that what else the machine does hits both
+alike. Both get the same prompts and draw the same tokens. ``--control`` measures two engines
+without counters instead, which shows how far from 1 a ratio gets by chance.
 
 Progress goes to stderr, the table to stdout.
 """
@@ -35,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_decode import _IDLE_S, Requests, describe_machine, machine_line
+from bench_decode import _IDLE_S, describe_machine, machine_line
 from synthetic import DEFAULT, ROOT, Shape, write_models
 
 BATCHES = (1, 8, 64)
@@ -68,6 +67,7 @@ def start_engine(model: Path, counters: bool) -> Any:
             seed=0,
             skip_tokenizer_init=True,
             disable_log_stats=True,
+            distributed_executor_backend="uni",
             enable_prefix_caching=False,
             kv_cache_memory_bytes=_KV_BYTES,
         )
@@ -75,52 +75,70 @@ def start_engine(model: Path, counters: bool) -> Any:
         del os.environ[_VARIABLE]
 
 
-def decode(llm: Any, requests: Requests, seed: int, batch: int, steps: int) -> list[float]:
-    """Return the seconds of each decode step of one batch."""
+def decode(engines: list[Any], prompts: list[Any], steps: int) -> tuple[list[float], ...]:
+    """Decode one batch on both engines, by turns; returns the seconds of each engine's steps."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        temperature=1.0, seed=0, max_tokens=steps + 2, ignore_eos=True, detokenize=False
+    )
+    for llm in engines:
+        for number, prompt in enumerate(prompts):
+            llm.llm_engine.add_request(str(number), prompt, parameters)
+        llm.llm_engine.step()  # the prompts
+    times: tuple[list[float], ...] = ([], [])
+    for step in range(steps):
+        for which in (0, 1) if step % 2 == 0 else (1, 0):
+            begun = time.perf_counter()
+            engines[which].llm_engine.step()
+            times[which].append(time.perf_counter() - begun)
+    for llm in engines:
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+    return times
+
+
+def draw_prompts(seed: int, batch: int) -> list[Any]:
+    from vllm.inputs import TokensPrompt
+
     generator = random.Random(f"prompts {seed} {batch}")
-    requests.run(llm, requests.prompts(generator, 1, _PROMPT), 4)  # wake the workers
-    times = requests.run(llm, requests.prompts(generator, batch, _PROMPT), steps + 1)
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    vocabulary = Shape().vocab
+    return [
+        TokensPrompt(prompt_token_ids=[generator.randrange(vocabulary) for _ in range(_PROMPT)])
+        for _ in range(batch)
+    ]
 
 
-def choose_steps(llm: Any, requests: Requests, seconds: float) -> dict[int, int]:
-    """How many steps take about ``seconds``, by batch; warms the engine up."""
+def choose_steps(engines: list[Any], seconds: float) -> dict[int, int]:
+    """How many steps take about ``seconds``, by batch; warms the engines up."""
     found = {}
     for batch in BATCHES:
-        decode(llm, requests, -2, batch, _MIN_STEPS)
-        step = statistics.median(decode(llm, requests, -1, batch, _MIN_STEPS))
-        found[batch] = min(MAX_MODEL_LEN - _PROMPT - 1, max(_MIN_STEPS, round(seconds / step)))
-    time.sleep(_IDLE_S)
+        decode(engines, draw_prompts(-2, batch), _MIN_STEPS)
+        step = statistics.median(decode(engines, draw_prompts(-1, batch), _MIN_STEPS)[0])
+        found[batch] = min(MAX_MODEL_LEN - _PROMPT - 3, max(_MIN_STEPS, round(seconds / step)))
     return found
 
 
 def bench_decode(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure pairs of decode runs; returns the ratios and what they were made of."""
-    requests = Requests(Shape().vocab)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engines: list[Any] = []
     pairs: list[dict[str, Any]] = []
-    try:
-        for counters in (False, not options.control):
-            begun = time.perf_counter()
-            engines.append(start_engine(model, counters))
-            say(f"counters {'on' if counters else 'off'}: {time.perf_counter() - begun:.0f} s")
-        steps = choose_steps(engines[0], requests, options.seconds)
-        choose_steps(engines[1], requests, options.seconds)  # both draw as many random numbers
-        say(f"steps by batch: {steps}")
-        for number in range(options.pairs):
-            ms: tuple[dict[int, list[float]], ...] = ({}, {})
-            for batch, count in steps.items():
-                for which in (0, 1) if number % 2 == 0 else (1, 0):
-                    times = decode(engines[which], requests, number, batch, count)
-                    ms[which][batch] = [1e3 * seconds for seconds in times]
-                    time.sleep(_IDLE_S)
-            load = os.getloadavg()[0]
-            pairs.append({"load_average": load, "without_ms": ms[0], "with_ms": ms[1]})
-            found = ", ".join(f"batch {b}: {sum(ms[0][b]) / sum(ms[1][b]):.4f}" for b in steps)
-            say(f"pair {number + 1} of {options.pairs}, load {load:.1f}: {found}")
-    finally:
-        for llm in engines:
-            llm.llm_engine.engine_core.shutdown()
+    for counters in (False, not options.control):
+        begun = time.perf_counter()
+        engines.append(start_engine(model, counters))
+        say(f"counters {'on' if counters else 'off'}: {time.perf_counter() - begun:.0f} s")
+    steps = choose_steps(engines, options.seconds)
+    say(f"steps by batch: {steps}")
+    for number in range(options.pairs):
+        ms: tuple[dict[int, list[float]], ...] = ({}, {})
+        for batch, count in steps.items():
+            for which, times in enumerate(decode(engines, draw_prompts(number, batch), count)):
+                ms[which][batch] = [1e3 * seconds for seconds in times]
+        load = os.getloadavg()[0]
+        pairs.append({"load_average": load, "without_ms": ms[0], "with_ms": ms[1]})
+        found = ", ".join(f"batch {b}: {sum(ms[0][b]) / sum(ms[1][b]):.4f}" for b in steps)
+        say(f"pair {number + 1} of {options.pairs}, load {load:.1f}: {found}")
     ratios = {
         f"{name}, batch {batch}": [
             of(pair["without_ms"][batch]) / of(pair["with_ms"][batch]) for pair in pairs

@@ -46,7 +46,8 @@ class Counters:
     ) -> None:
         self.flat = torch.zeros(layers * EXPERTS, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
-        self.real = torch.zeros((ubatches, ROWS), dtype=torch.bool, device=device)
+        # As a run before may have left it.
+        self.real = torch.ones((ubatches, ROWS), dtype=torch.bool, device=device)
         self.layers = [
             LayerCounter(
                 self.flat,

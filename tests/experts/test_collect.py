@@ -35,7 +35,12 @@ def answer(
     return {
         "pp_rank": pp_rank,
         "layers": [
-            {"layer": label, "draft": label in drafts, "experts_per_token": top_k}
+            {
+                "layer": label,
+                "draft": label in drafts,
+                "experts": experts,
+                "experts_per_token": top_k,
+            }
             for label in layers
         ],
         "experts": experts,

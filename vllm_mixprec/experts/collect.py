@@ -55,7 +55,7 @@ async def collect(
     *,
     minutes: float | None = None,
     total: bool = False,
-    timeout_s: float = 10.0,
+    timeout_s: float = 20.0,
 ) -> dict[int, ExpertSnapshot]:
     """Read the counts of every engine behind a server's client.
 
@@ -76,7 +76,7 @@ async def collect(
     return await _ask(client, _STATS, (time.time(), minutes, total), timeout_s)
 
 
-async def reset(client: "EngineClient", *, timeout_s: float = 10.0) -> dict[int, ExpertSnapshot]:
+async def reset(client: "EngineClient", *, timeout_s: float = 20.0) -> dict[int, ExpertSnapshot]:
     """Begin a new window for :func:`collect`, and return the one that ends; totals go on.
 
     Raises:
@@ -108,7 +108,9 @@ async def _ask(
     try:
         # collective_rpc of a client of several engines returns the first engine's answer alone.
         answers = await asyncio.wait_for(
-            core.call_utility_all_async("collective_rpc", method, timeout_s, arguments, None),
+            # No time limit for the executor: when one expires, vLLM's MultiprocExecutor leaves the
+            # late answer in its queue and takes it for that of the next step.
+            core.call_utility_all_async("collective_rpc", method, None, arguments, None),
             timeout_s,
         )
     except (asyncio.TimeoutError, TimeoutError):  # noqa: UP041  two classes in Python 3.10
@@ -169,14 +171,16 @@ def _snapshot(
     stages: list[dict[str, Any]], model: str, *, draft: bool, of_draft: ExpertSnapshot | None = None
 ) -> ExpertSnapshot | None:
     """Stack the stages' layers of the target model, or of its draft."""
-    experts = max(stage["experts"] for stage in stages)
     labels, counts, times, top_k = [], [], [], 0
+    layers = [layer for stage in stages for layer in stage["layers"] if layer["draft"] == draft]
+    experts = max((layer["experts"] for layer in layers), default=0)
     tokens = 0
     for stage in stages:
         rows = [i for i, layer in enumerate(stage["layers"]) if layer["draft"] == draft]
-        wider = ((0, 0), (0, experts - stage["experts"]))
-        counts.append(np.pad(stage["counts"][rows], wider))
-        times.append(np.pad(stage["last_activation_s"][rows], wider, constant_values=np.nan))
+        wider = ((0, 0), (0, max(0, experts - stage["experts"])))
+        counts.append(np.pad(stage["counts"][rows, :experts], wider))
+        seen = stage["last_activation_s"][rows, :experts]
+        times.append(np.pad(seen, wider, constant_values=np.nan))
         labels += [stage["layers"][row]["layer"] for row in rows]
         if rows:
             top_k = stage["layers"][rows[0]]["experts_per_token"]

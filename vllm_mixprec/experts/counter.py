@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import vllm.envs as envs
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
@@ -40,8 +41,8 @@ class LayerCounter:
     """Adds one MoE layer's expert ids to the worker's counts.
 
     Attributes:
-        counts: int64 ``[layers * experts]``, flat, shared by all layers of this worker: one
-            tensor, because torch.compile cannot mutate overlapping views of one.
+        counts: int64, on a CPU float64, ``[layers * experts]``, flat, shared by all layers of this
+            worker: one tensor, because torch.compile cannot mutate overlapping views of one.
         tokens: int64 ``[1]``, the real rows that passed; shared by the layers of one model.
         real: bool ``[ubatches, rows]``, which rows are real tokens; shared by all layers.
         offset: the layer's row times ``experts``.
@@ -66,6 +67,7 @@ class LayerCounter:
         self.experts = experts
         self.marks = marks
         self.shares = shares
+        self.sink: RoutedExpertsSink | None = None
 
     def count(self, topk_ids: Tensor) -> None:
         """Count one batch: integer logical ids ``[rows, experts per token]``.
@@ -83,7 +85,7 @@ class LayerCounter:
         counted = (ids >= 0) & (ids < self.experts) & real[: ids.shape[0]].unsqueeze(1)
         where = ids.clamp(0, self.experts - 1) + self.offset
         self.counts.index_put_(
-            (where.flatten(),), counted.flatten().to(torch.int64), accumulate=True
+            (where.flatten(),), counted.flatten().to(self.counts.dtype), accumulate=True
         )
 
 
@@ -101,9 +103,12 @@ def _mark_real_rows(
         sp_size: of that group, 1 without.
     """
     context = get_forward_context()
-    # The model runners say for the target model which rows are padding or a dummy run. A draft
-    # and a micro-batch only have their KV-cache slots, -1 where nothing is to be written.
-    padding = context.is_padding if context.ubatch_slices is None else None
+    # The model runners say for the target model which rows are padding or a dummy run; the V2
+    # runner only under this variable. A draft only has its KV-cache slots, -1 where nothing is
+    # to be written.
+    padding = context.is_padding if envs.VLLM_MOE_SKIP_PADDING else None
+    if context.ubatch_slices is not None:
+        padding = None
     slots = context.slot_mapping
     mask = padding
     if mask is None and isinstance(slots, dict):
@@ -173,7 +178,8 @@ def attach(runner: MoERunner, counter: LayerCounter) -> None:
                 "does not tell what it chose; expected one that reports its routing. Choose "
                 "another with --moe-backend triton, or do without this layer's counts"
             )
-        runner.routed_experts.routing_sink = RoutedExpertsSink(experts.moe_config, counter.count)
+        counter.sink = RoutedExpertsSink(experts.moe_config, counter.count)
+        runner.routed_experts.routing_sink = counter.sink
         return
     router = runner.router
     if not isinstance(router, BaseRouter):
@@ -184,6 +190,18 @@ def attach(runner: MoERunner, counter: LayerCounter) -> None:
     router.capture_fn = chain(counter.count, router.capture_fn)
     # vLLM's --enable-return-routed-experts sets its own later, and would put ours out.
     router.set_capture_fn = partial(_chain_capture, router, counter.count)  # type: ignore[method-assign]
+
+
+def keep_sink(runner: MoERunner, counter: LayerCounter) -> None:
+    """Count on where vLLM's own capture has put its sink in the place of ours.
+
+    It does so when the KV cache is there, for kernels that route by themselves; routers are
+    asked through ``set_capture_fn``, which :func:`attach` watches.
+    """
+    sink = runner.routed_experts.routing_sink if runner.is_monolithic else None
+    if sink is not None and sink is not counter.sink:
+        sink.capture_fn = chain(counter.count, sink.capture_fn)
+        counter.sink = sink
 
 
 def attach_source(source: RoutedExpertsCaptureSource, counter: LayerCounter) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
@@ -22,13 +23,15 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.experts.collect import counters_enabled
-from vllm_mixprec.experts.counter import LayerCounter, attach, attach_source
+from vllm_mixprec.experts.counter import LayerCounter, attach, attach_source, keep_sink
 from vllm_mixprec.experts.history import History, Totals
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
 
 logger = init_logger("vllm.mixprec")
+
+_ANSWERED = ("layer", "draft", "experts", "experts_per_token")
 
 
 def watch(worker: "WorkerBase") -> None:
@@ -44,6 +47,7 @@ def watch(worker: "WorkerBase") -> None:
         return
     statistics = WorkerStatistics(worker)
     _after(worker, "load_model", statistics.install)
+    _after(worker, "initialize_from_config", statistics.keep)
     # Compilation, profiling and warm-up are over when this returns, and no request has come.
     _after(worker, "compile_or_warm_up_model", statistics.begin)
     execute = worker.execute_model
@@ -79,6 +83,7 @@ class WorkerStatistics:
         self._running: set[str] = set()
         self._layers: list[dict[str, Any]] = []
         self._experts = 0
+        self._attached: list[tuple[MoERunner, LayerCounter]] = []
         self._counts = torch.zeros(0, dtype=torch.int64)
         self._tokens = torch.zeros(2, dtype=torch.int64)
         self._history = History(time.time(), 0, 0)
@@ -107,7 +112,10 @@ class WorkerStatistics:
         rows += 1024 + parallel.tensor_parallel_size * parallel.data_parallel_size
         ubatches = parallel.num_ubatches if parallel.enable_dbo else 1
         real = torch.zeros((ubatches, rows), dtype=torch.bool, device=device)
-        self._counts = torch.zeros(len(found) * experts, dtype=torch.int64, device=device)
+        # Inductor's CPU code adds float64 in place in the layer's own loop, and calls an operator
+        # for int64. A float64 is exact up to 2^53.
+        dtype = torch.float64 if device.type == "cpu" else torch.int64
+        self._counts = torch.zeros(len(found) * experts, dtype=dtype, device=device)
         self._tokens = torch.zeros(2, dtype=torch.int64, device=device)
         marked: set[bool] = set()
         labels = _labels([(name, draft) for _, name, draft in found])
@@ -129,6 +137,7 @@ class WorkerStatistics:
             try:
                 if isinstance(layer, MoERunner):
                     attach(layer, counter)
+                    self._attached.append((layer, counter))
                 else:
                     attach_source(layer, counter)
             except UnsupportedError as problem:
@@ -140,11 +149,17 @@ class WorkerStatistics:
                     "layer": labels[row],
                     "draft": draft,
                     "row": row,
+                    "experts": counter.experts,
                     "experts_per_token": _top_k_of(layer, config),
                     "shared": sp_size > 1,
                 }
             )
         self._experts = experts
+
+    def keep(self) -> None:
+        """Share a kernel's report with vLLM's own capture, which may just have taken it over."""
+        for runner, counter in self._attached:
+            keep_sink(runner, counter)
 
     def begin(self) -> None:
         """Forget what profiling and warm-up ran through the layers."""
@@ -173,10 +188,10 @@ class WorkerStatistics:
 
         Returns:
             None where another rank of the tensor-parallel group answers; else, in types that
-            msgpack knows: ``layers`` (label, draft, experts_per_token each), ``counts`` (int64
-            bytes, ``[layers, experts]``), ``tokens`` (target's, draft's), ``requests``,
-            ``started_s``, ``seconds``, ``last_activation_s`` (float64 bytes, as counts),
-            ``pp_rank``.
+            msgpack knows: ``layers`` (label, draft, experts, experts_per_token each), ``experts``
+            (of the widest layer), ``counts`` (int64 bytes, ``[layers, experts]``), ``tokens``
+            (target's, draft's), ``requests``, ``started_s``, ``seconds``, ``last_activation_s``
+            (float64 bytes, as counts), ``pp_rank``.
         """
         totals = self._read(now_s)
         if totals is None:
@@ -207,10 +222,7 @@ class WorkerStatistics:
         """Say what was counted between two readings."""
         return {
             "pp_rank": get_pp_group().rank_in_group,
-            "layers": [
-                {key: layer[key] for key in ("layer", "draft", "experts_per_token")}
-                for layer in self._layers
-            ],
+            "layers": [{key: layer[key] for key in _ANSWERED} for layer in self._layers],
             "experts": self._experts,
             "counts": (last.counts - first.counts).tobytes(),
             "tokens": [now - then for now, then in zip(last.tokens, first.tokens, strict=True)],
@@ -227,7 +239,8 @@ class WorkerStatistics:
             return None
         rows = [layer["row"] for layer in self._layers]
         # The fancy index copies: on a CPU .numpy() shows the counters themselves.
-        counts = self._counts.cpu().numpy().reshape(-1, self._experts or 1)[rows]
+        counts = self._counts.cpu().numpy().reshape(-1, self._experts or 1)
+        counts = counts[rows, : self._experts].astype(np.int64, copy=False)
         target, draft = self._tokens.tolist()
         return Totals(now_s, counts, (target, draft), self._requests)
 
