@@ -10,7 +10,7 @@ operator of its own, because it asks vLLM's forward context, and the counting is
 tensor arithmetic that is compiled with the layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -44,7 +44,9 @@ class LayerCounter:
         counts: int64, on a CPU float64, ``[layers * experts]``, flat, shared by all layers of this
             worker: one tensor, because torch.compile cannot mutate overlapping views of one.
         tokens: int64 ``[1]``, the real rows that passed; shared by the layers of one model.
-        real: bool ``[ubatches, rows]``, which rows are real tokens; shared by all layers.
+        real: for each micro-batch bool ``[rows]``, which rows are real tokens; shared by all
+            layers. Not one tensor, whose part torch.compile would copy before it is written to.
+            None where every row is one.
         offset: the layer's row times ``experts``.
         marks: whether this layer, the first of its model, says which rows are real.
     """
@@ -53,7 +55,7 @@ class LayerCounter:
         self,
         counts: Tensor,
         tokens: Tensor,
-        real: Tensor,
+        real: Sequence[Tensor] | None,
         *,
         offset: int,
         experts: int,
@@ -74,15 +76,23 @@ class LayerCounter:
 
         Ids outside the layer's experts, which some kernels write into padding, are not counted.
         """
-        ubatch = 0 if self.real.shape[0] == 1 else dbo_current_ubatch_id()
-        real = self.real[ubatch]
-        if self.marks:
-            mark_real_rows(real, self.tokens, topk_ids.shape[0], *self.shares)
+        rows = topk_ids.shape[0]
+        if self.real is None:
+            real = None
+            if self.marks:
+                self.tokens.add_(rows)
+        else:
+            real = self.real[0 if len(self.real) == 1 else dbo_current_ubatch_id()]
+            if self.marks:
+                mark_real_rows(real, self.tokens, rows, *self.shares)
         if topk_ids.is_cuda:
+            assert real is not None, "a CUDA graph pads its batch"
             count_experts(topk_ids, real, self.counts, self.offset, self.experts)
             return
         ids = topk_ids.to(torch.int64)
-        counted = (ids >= 0) & (ids < self.experts) & real[: ids.shape[0]].unsqueeze(1)
+        counted = (ids >= 0) & (ids < self.experts)
+        if real is not None:
+            counted = counted & real[:rows].unsqueeze(1)
         where = ids.clamp(0, self.experts - 1) + self.offset
         self.counts.index_put_(
             (where.flatten(),), counted.flatten().to(self.counts.dtype), accumulate=True
@@ -134,10 +144,11 @@ def _mark_real_rows(
             len(mask),
         )
         return
-    if span.tokens != rows:
-        real[:rows].zero_()
-    own = real[span.row : span.row + span.tokens]
-    mask = mask[span.token : span.token + span.tokens]
+    own = real[:rows]
+    if not span.tokens == rows == len(mask):
+        own.zero_()
+        own = own[span.row : span.row + span.tokens]
+        mask = mask[span.token : span.token + span.tokens]
     if padding is not None:
         torch.bitwise_not(mask, out=own)
     else:

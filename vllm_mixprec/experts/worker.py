@@ -85,7 +85,7 @@ class WorkerStatistics:
         self._experts = 0
         self._attached: list[tuple[MoERunner, LayerCounter]] = []
         self._counts = torch.zeros(0, dtype=torch.int64)
-        self._tokens = torch.zeros(2, dtype=torch.int64)
+        self._tokens = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
         self._history = History(time.time(), 0, 0)
 
     def install(self) -> None:
@@ -111,20 +111,25 @@ class WorkerStatistics:
         # Sequence parallelism and CUDA graphs pad a batch.
         rows += 1024 + parallel.tensor_parallel_size * parallel.data_parallel_size
         ubatches = parallel.num_ubatches if parallel.enable_dbo else 1
-        real = torch.zeros((ubatches, rows), dtype=torch.bool, device=device)
+        real = [torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(ubatches)]
         # Inductor's CPU code adds float64 in place in the layer's own loop, and calls an operator
         # for int64. A float64 is exact up to 2^53.
         dtype = torch.float64 if device.type == "cpu" else torch.int64
         self._counts = torch.zeros(len(found) * experts, dtype=dtype, device=device)
-        self._tokens = torch.zeros(2, dtype=torch.int64, device=device)
+        # Two tensors: torch.compile copies a part of one before it writes to it.
+        tokens = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)]
+        self._tokens = tokens
         marked: set[bool] = set()
         labels = _labels([(name, draft) for _, name, draft in found])
         for row, (layer, _, draft) in enumerate(found):
             sp_size = layer.moe_config.sp_size if isinstance(layer, MoERunner) else 1
+            # A CPU's batches have no padding, and its dummy runs are over before begin(); without
+            # the question which rows are real, counting costs half.
+            alone = parallel.data_parallel_size == sp_size == 1
             counter = LayerCounter(
                 self._counts,
-                self._tokens[int(draft) : int(draft) + 1],
-                real,
+                tokens[draft],
+                None if device.type == "cpu" and alone and not draft else real,
                 offset=row * experts,
                 experts=_experts_of(layer, config),
                 marks=draft not in marked,
@@ -164,7 +169,8 @@ class WorkerStatistics:
     def begin(self) -> None:
         """Forget what profiling and warm-up ran through the layers."""
         self._counts.zero_()
-        self._tokens.zero_()
+        for tokens in self._tokens:
+            tokens.zero_()
         self._requests = 0
         self._history = History(time.time(), len(self._layers), self._experts)
 
@@ -241,7 +247,7 @@ class WorkerStatistics:
         # The fancy index copies: on a CPU .numpy() shows the counters themselves.
         counts = self._counts.cpu().numpy().reshape(-1, self._experts or 1)
         counts = counts[rows, : self._experts].astype(np.int64, copy=False)
-        target, draft = self._tokens.tolist()
+        target, draft = (int(tokens) for tokens in self._tokens)
         return Totals(now_s, counts, (target, draft), self._requests)
 
 
