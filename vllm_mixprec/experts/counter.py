@@ -85,7 +85,7 @@ class LayerCounter:
             real = self.real[0 if len(self.real) == 1 else dbo_current_ubatch_id()]
             if self.marks:
                 mark_real_rows(real, self.tokens, rows, *self.shares)
-        if topk_ids.is_cuda:
+        if topk_ids.is_cuda and HAS_TRITON:
             assert real is not None, "a CUDA graph pads its batch"
             count_experts(topk_ids, real, self.counts, self.offset, self.experts)
             return
@@ -238,9 +238,3 @@ def _chain_capture(router: BaseRouter, ours: Capture, theirs: Capture | None) ->
 
 if HAS_TRITON:
     from vllm_mixprec.experts.kernel import count_experts
-else:
-
-    def count_experts(
-        topk_ids: Tensor, real: Tensor, counts: Tensor, offset: int, experts: int
-    ) -> None:
-        raise UnsupportedError("counting on a GPU needs Triton, which is not installed")

@@ -89,6 +89,17 @@ class WorkerStatistics:
         self._history = History(time.time(), 0, 0)
 
     def install(self) -> None:
+        """Count the worker's MoE layers; without, should that fail: the model can be served."""
+        try:
+            self._install()
+        except Exception:
+            logger.exception(
+                "expert statistics are off: this model's layers are not as expected. Please "
+                "report it; VLLM_MIXPREC_EXPERT_METRICS=off silences this"
+            )
+            self._layers.clear()
+
+    def _install(self) -> None:
         """Find the worker's MoE layers, its draft's too, and attach a counter to each."""
         config = self._worker.vllm_config
         target = {id(module) for module in self._worker.get_model().modules()}
