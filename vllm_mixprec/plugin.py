@@ -85,16 +85,12 @@ def _hook_start() -> None:
             # vLLM's own for DeepSeek-V3.2 insists on the index_topk that serve_dense takes away.
             if not hasattr(vllm_config.model_config.hf_config, INDEXER_KEY):
                 super().verify_and_update_config(vllm_config)
-            from vllm_mixprec.start import prepare, prepare_counters
+            from vllm_mixprec.start import prepare, prepare_counters, prepare_metrics
 
             if vllm_config.model_config.quantization == "mixprec":
                 prepare(vllm_config)
             prepare_counters(vllm_config)
-            # This runs in the front end alone, where the first engine's client is still to come.
-            from vllm_mixprec.patches import stat_logger_client
-
-            if stat_logger_client.needed():
-                stat_logger_client.apply()
+            prepare_metrics()
 
     hooks: dict[type, Any] = {VerifyAndUpdateConfig: PrepareMixPrec}
     for architecture in ModelRegistry.get_supported_archs():

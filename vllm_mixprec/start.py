@@ -103,11 +103,31 @@ def prepare_counters(vllm_config: VllmConfig) -> None:
     Raises:
         UnsupportedError: the environment variable for it holds what it cannot.
     """
-    if vllm_config.model_config.is_moe and metrics_setting() != "off":
-        vllm_config.additional_config = {
-            **(vllm_config.additional_config or {}),
-            ENABLED_KEY: True,
-        }
+    if not vllm_config.model_config.is_moe or metrics_setting() == "off":
+        return
+    additional = vllm_config.additional_config or {}
+    if not isinstance(additional, dict):
+        logger.warning(
+            "expert statistics are off: additional_config is of type %s; expected a dict, in which "
+            "the workers are told to count",
+            type(additional).__name__,
+        )
+        return
+    vllm_config.additional_config = {**additional, ENABLED_KEY: True}
+
+
+def prepare_metrics() -> None:
+    """Have the metrics' plug-in meet the engine's client, which is still to come.
+
+    Only front ends get here. Any model must start where this cannot be done.
+    """
+    try:
+        from vllm_mixprec.patches import stat_logger_client
+
+        if stat_logger_client.needed():
+            stat_logger_client.apply()
+    except Exception:
+        logger.exception("expert statistics are not exported: this vLLM's AsyncLLM is not known")
 
 
 def _prepare_draft(

@@ -31,7 +31,8 @@ _RESET = "mixprec_reset_expert_stats"
 
 def counters_enabled(vllm_config: "VllmConfig") -> bool:
     """Whether the engine was started with counters."""
-    return bool((vllm_config.additional_config or {}).get(ENABLED_KEY))
+    additional = vllm_config.additional_config
+    return isinstance(additional, dict) and bool(additional.get(ENABLED_KEY))
 
 
 def expert_stats(llm: "LLM", *, minutes: float | None = None) -> ExpertSnapshot:

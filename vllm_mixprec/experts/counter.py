@@ -203,6 +203,15 @@ def attach(runner: MoERunner, counter: LayerCounter) -> None:
     router.set_capture_fn = partial(_chain_capture, router, counter.count)  # type: ignore[method-assign]
 
 
+def detach(runner: MoERunner) -> None:
+    """Have a layer stop counting."""
+    if runner.is_monolithic:
+        runner.routed_experts.routing_sink = None
+    elif isinstance(runner.router, BaseRouter):
+        runner.router.__dict__.pop("set_capture_fn", None)
+        runner.router.capture_fn = None
+
+
 def keep_sink(runner: MoERunner, counter: LayerCounter) -> None:
     """Count on where vLLM's own capture has put its sink in the place of ours.
 

@@ -23,7 +23,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.experts.collect import counters_enabled
-from vllm_mixprec.experts.counter import LayerCounter, attach, attach_source, keep_sink
+from vllm_mixprec.experts.counter import LayerCounter, attach, attach_source, detach, keep_sink
 from vllm_mixprec.experts.history import History, Totals
 
 if TYPE_CHECKING:
@@ -31,35 +31,44 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.mixprec")
 
+_UNEXPECTED = (
+    "expert statistics are off or incomplete: this worker is not as expected. Please report it; "
+    "VLLM_MIXPREC_EXPERT_METRICS=off does without them"
+)
 _ANSWERED = ("layer", "draft", "experts", "experts_per_token")
 
 
 def watch(worker: "WorkerBase") -> None:
-    """Have a worker count its experts, if its engine was told to."""
+    """Have a worker count its experts, if its engine was told to.
+
+    A model must be served even where its experts cannot be counted, so whatever goes wrong here
+    is a line in the log.
+    """
     config = worker.vllm_config
+    parallel = config.parallel_config
     if not counters_enabled(config):
         return
-    if config.parallel_config.prefill_context_parallel_size > 1:
-        logger.warning(
-            "expert statistics are off: which rows of a batch belong to a rank under prefill "
-            "context parallelism is not known"
-        )
-        return
+    for what, why in (
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        (parallel.enable_elastic_ep, "elastic expert parallelism"),
+    ):
+        if what:
+            logger.warning(
+                "expert statistics are off: which rows of a batch belong to a rank under %s is "
+                "not known",
+                why,
+            )
+            return
     statistics = WorkerStatistics(worker)
-    _after(worker, "load_model", statistics.install)
-    _after(worker, "initialize_from_config", statistics.keep)
-    # Compilation, profiling and warm-up are over when this returns, and no request has come.
-    _after(worker, "compile_or_warm_up_model", statistics.begin)
-    execute = worker.execute_model
-
-    @wraps(execute)
-    def execute_model(scheduler_output: Any) -> Any:
-        statistics.count_requests(scheduler_output)
-        return execute(scheduler_output)
-
-    worker.execute_model = execute_model  # type: ignore[method-assign]
-    for name in ("mixprec_expert_stats", "mixprec_reset_expert_stats"):
-        setattr(worker, name, getattr(statistics, name))
+    try:
+        _after(worker, "load_model", statistics.install)
+        _after(worker, "initialize_from_config", statistics.keep)
+        # Compilation, profiling and warm-up are over when this returns, and no request has come.
+        _after(worker, "compile_or_warm_up_model", statistics.begin)
+        for name in ("mixprec_expert_stats", "mixprec_reset_expert_stats"):
+            setattr(worker, name, getattr(statistics, name))
+    except Exception:
+        logger.exception(_UNEXPECTED)
 
 
 def _after(worker: "WorkerBase", name: str, then: Callable[[], None]) -> None:
@@ -68,7 +77,10 @@ def _after(worker: "WorkerBase", name: str, then: Callable[[], None]) -> None:
     @wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        then()
+        try:
+            then()
+        except Exception:
+            logger.exception(_UNEXPECTED)
         return result
 
     setattr(worker, name, wrapped)
@@ -81,6 +93,7 @@ class WorkerStatistics:
         self._worker = worker
         self._requests = 0
         self._running: set[str] = set()
+        self._begun = False
         self._layers: list[dict[str, Any]] = []
         self._experts = 0
         self._attached: list[tuple[MoERunner, LayerCounter]] = []
@@ -89,18 +102,17 @@ class WorkerStatistics:
         self._history = History(time.time(), 0, 0)
 
     def install(self) -> None:
-        """Count the worker's MoE layers; without, should that fail: the model can be served."""
+        """Find the worker's MoE layers, its draft's too, and attach a counter to each."""
         try:
             self._install()
+            self._count_requests()
         except Exception:
-            logger.exception(
-                "expert statistics are off: this model's layers are not as expected. Please "
-                "report it; VLLM_MIXPREC_EXPERT_METRICS=off silences this"
-            )
+            for runner, _ in self._attached:
+                detach(runner)
             self._layers.clear()
+            raise
 
     def _install(self) -> None:
-        """Find the worker's MoE layers, its draft's too, and attach a counter to each."""
         config = self._worker.vllm_config
         target = {id(module) for module in self._worker.get_model().modules()}
         found: list[tuple[Any, str, bool]] = [
@@ -121,7 +133,7 @@ class WorkerStatistics:
         rows = config.scheduler_config.max_num_batched_tokens * parallel.data_parallel_size
         # Sequence parallelism and CUDA graphs pad a batch.
         rows += 1024 + parallel.tensor_parallel_size * parallel.data_parallel_size
-        ubatches = parallel.num_ubatches if parallel.enable_dbo else 1
+        ubatches = parallel.num_ubatches if parallel.use_ubatching else 1
         real = [torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(ubatches)]
         # Inductor's CPU code adds float64 in place in the layer's own loop, and calls an operator
         # for int64. A float64 is exact up to 2^53.
@@ -130,6 +142,7 @@ class WorkerStatistics:
         # Two tensors: torch.compile copies a part of one before it writes to it.
         tokens = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)]
         self._tokens = tokens
+        scratch = torch.zeros(1, dtype=torch.int64, device=device)
         marked: set[bool] = set()
         labels = _labels([(name, draft) for _, name, draft in found])
         for row, (layer, _, draft) in enumerate(found):
@@ -137,13 +150,15 @@ class WorkerStatistics:
             # A CPU's batches have no padding, and its dummy runs are over before begin(); without
             # the question which rows are real, counting costs half.
             alone = parallel.data_parallel_size == sp_size == 1
+            every_row = device.type == "cpu" and alone and not draft
             counter = LayerCounter(
                 self._counts,
-                tokens[draft],
-                None if device.type == "cpu" and alone and not draft else real,
+                # Drafts of several modules run one a pass: each of them marks, the first counts.
+                scratch if draft in marked else tokens[draft],
+                None if every_row else real,
                 offset=row * experts,
                 experts=_experts_of(layer, config),
-                marks=draft not in marked,
+                marks=draft or draft not in marked,
                 shares=(
                     parallel.data_parallel_rank,
                     get_tp_group().rank_in_group if sp_size > 1 else 0,
@@ -151,9 +166,12 @@ class WorkerStatistics:
                 ),
             )
             try:
+                _refuse_unknown_rows(labels[row], draft, every_row, parallel)
                 if isinstance(layer, MoERunner):
                     attach(layer, counter)
                     self._attached.append((layer, counter))
+                    if not parallel.use_ubatching:
+                        self._share_buffer(counter)
                 else:
                     attach_source(layer, counter)
             except UnsupportedError as problem:
@@ -172,13 +190,34 @@ class WorkerStatistics:
             )
         self._experts = experts
 
+    def _share_buffer(self, counter: LayerCounter) -> None:
+        """Have kernels that route by themselves report into one buffer, read after each layer."""
+        sinks = [known.sink for _, known in self._attached if known.sink is not None]
+        if counter.sink is not None and counter.sink.buffer.shape == sinks[0].buffer.shape:
+            counter.sink.buffer = sinks[0].buffer
+
     def keep(self) -> None:
         """Share a kernel's report with vLLM's own capture, which may just have taken it over."""
         for runner, counter in self._attached:
             keep_sink(runner, counter)
 
+    def _count_requests(self) -> None:
+        """Listen to the model runner, which every executor goes through."""
+        runner = self._worker.model_runner  # type: ignore[attr-defined]
+        execute = runner.execute_model
+
+        @wraps(execute)
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self.count_requests(scheduler_output)
+            return execute(scheduler_output, *args, **kwargs)
+
+        runner.execute_model = execute_model
+
     def begin(self) -> None:
-        """Forget what profiling and warm-up ran through the layers."""
+        """Forget what profiling and warm-up ran through the layers; at the first call alone."""
+        if self._begun:
+            return
+        self._begun = True
         self._counts.zero_()
         for tokens in self._tokens:
             tokens.zero_()
@@ -251,15 +290,38 @@ class WorkerStatistics:
 
     def _read(self, now_s: float) -> Totals | None:
         """Copy the counters to the host; waits for the step that runs."""
-        shared = any(layer["shared"] for layer in self._layers)
-        if get_tp_group().rank_in_group and not shared:
+        silent = get_tp_group().rank_in_group > 0
+        if silent and not any(layer["shared"] for layer in self._layers):
             return None
         rows = [layer["row"] for layer in self._layers]
         # The fancy index copies: on a CPU .numpy() shows the counters themselves.
         counts = self._counts.cpu().numpy().reshape(-1, self._experts or 1)
         counts = counts[rows, : self._experts].astype(np.int64, copy=False)
         target, draft = (int(tokens) for tokens in self._tokens)
+        if silent:  # what is not shared among the ranks, rank 0 tells
+            counts[[not layer["shared"] for layer in self._layers]] = 0
+            shared = {layer["draft"] for layer in self._layers if layer["shared"]}
+            target, draft = target * (False in shared), draft * (True in shared)
         return Totals(now_s, counts, (target, draft), self._requests)
+
+
+def _refuse_unknown_rows(label: str, draft: bool, every_row: bool, parallel: Any) -> None:
+    """Raise UnsupportedError where the rows that a layer gets are not those that were marked."""
+    if not every_row and not label.removeprefix("draft.").isdigit():
+        raise UnsupportedError(
+            f"{label} is one of several MoE layers under one number, which may each get a part of "
+            "the batch; expected one. This layer is not counted"
+        )
+    if draft and parallel.data_parallel_size > 1:
+        raise UnsupportedError(
+            f"draft layer {label}: an idle data-parallel step of a draft looks like a real one; "
+            "expected one engine. The draft is not counted"
+        )
+    if draft and parallel.decode_context_parallel_size > 1:
+        raise UnsupportedError(
+            f"draft layer {label}: under decode context parallelism a draft's rows cannot be told "
+            "from padding. The draft is not counted"
+        )
 
 
 def _experts_of(layer: Any, config: Any) -> int:
