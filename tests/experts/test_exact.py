@@ -131,11 +131,10 @@ def test_every_layer_counts_every_token_that_was_scheduled(results, layout, scen
 
 
 @pytest.mark.parametrize(
-    "layout", [name for name, layout in LAYOUTS.items() if layout[0] == "random"]
+    "layout",
+    [name for name, layout in LAYOUTS.items() if layout[0] == "random" and "plain" in layout[2]],
 )
 def test_each_expert_is_counted_as_transformers_chooses(results, layout):
-    if "plain" not in LAYOUTS[layout][2]:
-        pytest.skip("what is computed anew is not known to transformers")
     result = results(layout)["plain"]
     assert result["layers"] == ["0", "1"]
     assert (np.array(result["counts"]) == chosen(result["sequences"], result["top_k"])).all()
