@@ -9,6 +9,7 @@ Triton and so for a GPU.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -85,7 +86,8 @@ def results(tmp_path_factory):
             [sys.executable, "-m", "tests.experts.counting", folder / "job.json", folder / "out"],
             cwd=ROOT,
             env=os.environ | environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # the workers' tracebacks are in vLLM's log, on stdout
             text=True,
             timeout=600,
         )
@@ -93,10 +95,16 @@ def results(tmp_path_factory):
 
     def result(layout: str) -> dict:
         done, out = run(layout)
-        assert done.returncode == 0, done.stderr[-6000:]
+        assert done.returncode == 0, first_problem(done.stdout)
         return json.loads(out.read_text())
 
     return result
+
+
+def first_problem(log: str) -> str:
+    """Return a log from the first error on: what an engine ends with often only follows from it."""
+    found = re.search(r"^.*(ERROR|Traceback)", log, re.MULTILINE)
+    return log[found.start() if found else -6000 :][:8000]
 
 
 def chosen(sequences: list[list[int]], top_k: int) -> np.ndarray:

@@ -12,15 +12,14 @@ import logging
 import os
 import weakref
 from collections import Counter as CountOf
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
-from prometheus_client.metrics_core import Metric
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -28,6 +27,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_mixprec.errors import MixPrecError, StatsUnavailableError
 from vllm_mixprec.experts.collect import collect, counters_enabled
+from vllm_mixprec.experts.exposition import CounterFamily, register, unregister_metrics
 from vllm_mixprec.experts.setting import metrics_setting
 from vllm_mixprec.experts.snapshot import ExpertSnapshot
 from vllm_mixprec.patches import stat_logger_client
@@ -50,62 +50,11 @@ SLICE_SERIES = 256  # written before the event loop gets its turn; about half a 
 
 Read = Callable[[], Awaitable[Mapping[int, ExpertSnapshot]]]
 
-_registered: dict[CollectorRegistry, dict[str, Any]] = {}
-
-
-class _CounterFamily:
-    """A counter of many series as a registry sees it.
-
-    Without the ``_created`` twin of each series, and put together once a poll instead of once a
-    scrape, which is half of what a scrape costs.
-    """
-
-    def __init__(
-        self, name: str, about: str, labels: tuple[str, ...], registry: CollectorRegistry
-    ) -> None:
-        self.counter = Counter(name, about, labels, registry=None)
-        self._version = 0
-        self._collected: tuple[int, list[Metric]] = (-1, [])
-        _register(name, self, registry)
-
-    def publish(self) -> None:
-        """Have the next scrape see what the series stand at."""
-        self._version += 1
-
-    def describe(self) -> Iterable[Metric]:
-        return self.counter.describe()
-
-    def collect(self) -> Iterable[Metric]:
-        """Called by a thread for each scrape; prometheus_client only reads what it gets."""
-        version, metrics = self._collected
-        if version != self._version:
-            # Read first: what is written meanwhile is published under a later version.
-            version, metrics = self._version, list(self.counter.collect())
-            for metric in metrics:
-                metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
-            self._collected = version, metrics
-        return metrics
-
 
 def _make_gauge(name: str, about: str, labels: tuple[str, ...], registry: Any) -> Gauge:
     gauge = Gauge(name, about, labels, registry=None, multiprocess_mode="mostrecent")
-    _register(name, gauge, registry)
+    register(name, gauge, registry)
     return gauge
-
-
-def _register(name: str, collector: Any, registry: CollectorRegistry) -> None:
-    """Register in place of what an earlier engine of this process exported under that name."""
-    known = _registered.setdefault(registry, {})
-    if name in known:
-        registry.unregister(known[name])
-    registry.register(collector)
-    known[name] = collector
-
-
-def unregister_metrics(registry: CollectorRegistry = REGISTRY) -> None:
-    """Take off what an earlier engine of this process exported, as vLLM does with its own."""
-    for collector in _registered.pop(registry, {}).values():
-        registry.unregister(collector)
 
 
 @dataclass(eq=False)
@@ -171,7 +120,7 @@ class ExpertSeries:
         self._exported: dict[tuple[int, bool], _Exported] = {}
         self._tokens_seen: CountOf[int] = CountOf()
         engine = ("model_name", "engine")
-        self._activations = _CounterFamily(
+        self._activations = CounterFamily(
             "mixprec_expert_activations",
             "Tokens that the router sent to an expert. For every layer the sum over its experts is "
             "mixprec_routed_tokens_total x experts per token.",
@@ -184,7 +133,7 @@ class ExpertSeries:
             (*engine, "layer"),
             registry,
         )
-        self._tokens = _CounterFamily(
+        self._tokens = CounterFamily(
             "mixprec_routed_tokens",
             "Tokens that went through the model's layers, without padding and warm-up.",
             engine,
@@ -204,6 +153,8 @@ class ExpertSeries:
         }
         capped = self._is_capped(sum(part.counts.size for part in parts.values()))
         grew = False
+        for family in (self._tokens, self._activations):
+            family.begin()
         for (engine, is_draft), part in parts.items():
             exported = self._exported.get((engine, is_draft))
             if exported is None or (exported.layers, exported.shape) != (
@@ -238,7 +189,7 @@ class ExpertSeries:
 
     def _count_tokens(self, engine: int, tokens: int) -> None:
         seen = self._tokens_seen[engine]
-        self._tokens.counter.labels(self._model_name, engine).inc(
+        self._tokens.series(self._model_name, engine).inc(
             tokens - seen if tokens >= seen else tokens
         )
         self._tokens_seen[engine] = tokens
@@ -256,7 +207,7 @@ class ExpertSeries:
         if self._keeps_series:
             wanted |= exported.has_series
         for row, expert in np.argwhere(exported.has_series & ~wanted).tolist():
-            self._activations.counter.remove(self._model_name, engine, exported.layers[row], expert)
+            self._activations.remove(self._model_name, engine, exported.layers[row], expert)
             exported.series[row, expert] = None
             exported.has_series[row, expert] = False
             exported.written[row, expert] = 0
@@ -265,11 +216,11 @@ class ExpertSeries:
             series = exported.series[row, expert]
             if series is None:
                 layer = exported.layers[row]
-                series = self._activations.counter.labels(self._model_name, engine, layer, expert)
+                series = self._activations.series(self._model_name, engine, layer, expert)
                 exported.series[row, expert] = series
                 exported.has_series[row, expert] = True
             value = exported.total[row, expert]
-            series.inc(float(value - exported.written[row, expert]))
+            series.inc(int(value - exported.written[row, expert]))
             exported.written[row, expert] = value
             if done % SLICE_SERIES == 0:
                 await asyncio.sleep(0)
@@ -409,6 +360,7 @@ class ExpertStatLogger(AggregateStatLoggerBase):
         )
         if self._exports:
             unregister_metrics()
+            _speed_up_scrapes()
 
     def record(
         self,
@@ -435,6 +387,17 @@ class ExpertStatLogger(AggregateStatLoggerBase):
             logger.warning("mixprec_weight_bytes and mixprec_plan_info are not exported: %s", error)
         if counters_enabled(self._vllm_config) or self._vllm_config.model_config.is_moe:
             await self._poller.run(read)
+
+
+def _speed_up_scrapes() -> None:
+    """Have the app that this API server is about to build append the series' text."""
+    try:
+        from vllm_mixprec.patches import metrics_route
+
+        if metrics_route.needed():
+            metrics_route.apply()
+    except Exception as error:  # the series are in vLLM's own answer then
+        logger.warning("Scrapes of expert metrics cost more: %s: %s", type(error).__name__, error)
 
 
 def _make_reader(client: "AsyncLLM") -> Read:
