@@ -7,6 +7,7 @@ from pathlib import Path
 from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 
+from vllm_mixprec.device import refuse_old_driver, refuse_too_little_memory
 from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.experts.collect import ENABLED_KEY
 from vllm_mixprec.experts.setting import metrics_setting
@@ -56,6 +57,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     model_config, load_config = vllm_config.model_config, vllm_config.load_config
     path = plan_path(model_config.model, model_config.hf_config)
     _refuse_parallelism(vllm_config)
+    refuse_old_driver()
     plan = Plan.from_yaml(path)
     layout = layout_of(vllm_config)
     report = check(
@@ -88,6 +90,7 @@ def prepare(vllm_config: VllmConfig) -> None:
             f"--load-format {load_config.load_format} with a mixed model; expected {LOAD_FORMAT}, "
             "which reads each tensor from the source the plan names. Leave the flag out"
         )
+    refuse_too_little_memory(vllm_config, report.bytes_per_rank)
     _prepare_draft(vllm_config.speculative_config, load_config, path)
     load_config.load_format = LOAD_FORMAT
     # The formats decide what is compiled, so they belong in the key of vLLM's compile cache.

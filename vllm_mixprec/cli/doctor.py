@@ -243,6 +243,8 @@ def _judge_answers(
             case "vllm_platform":
                 diagnosis.vllm["platform"] = name
                 _judge_platform(diagnosis, name, problem)
+            case "driver" if problem is not None:
+                diagnosis.add("error", "driver-old", name, f"{problem}.")
             case "register" if problem is not None:
                 message = (
                     f"{problem}. Mend the couplings that do not hold, or {_REINSTALL.lower()}."

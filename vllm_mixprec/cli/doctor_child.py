@@ -41,6 +41,8 @@ def main(platform: Platform) -> None:
     for coupling in couplings_for(platform.family):
         answer("coupling", coupling.symbol, find_problem(coupling), relies_on=coupling.relies_on)
     answer("vllm_platform", *_vllm_platform())
+    if platform.family == "cuda":
+        answer("driver", "NVIDIA driver", _problem_of_driver())
     answer("register", "mixprec", _problem_of_registering())
     _answer_patches(answer)
     if platform.name == "cpu-avx512":
@@ -64,6 +66,16 @@ def _vllm_platform() -> tuple[str, str | None]:
     except Exception as error:
         return "", _spell(error)
     return current_platform.device_type or "", None
+
+
+def _problem_of_driver() -> str | None:
+    try:
+        from vllm_mixprec.device import driver_problem
+
+        problem: str | None = driver_problem()
+    except Exception as error:
+        return _spell(error)
+    return problem
 
 
 def _problem_of_registering() -> str | None:

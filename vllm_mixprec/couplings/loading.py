@@ -351,7 +351,11 @@ LOADING: tuple[Coupling, ...] = (
     ),
     Coupling(
         "vllm.platforms:current_platform",
-        "says whether vLLM computes on a CPU or CUDA, and the compute capability",
+        "says whether vLLM computes on a CPU or CUDA, the compute capability, the memory",
+    ),
+    Coupling(
+        "vllm.utils.import_utils:import_pynvml",
+        "asks an NVIDIA driver for its version",
     ),
     Coupling(
         "vllm:_custom_ops",

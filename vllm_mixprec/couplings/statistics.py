@@ -81,11 +81,6 @@ STATISTICS: tuple[Coupling, ...] = (
         ("record", "log_engine_initialized"),
     ),
     Coupling("vllm.v1.engine.exceptions:EngineDeadError", "ends the polling"),
-    Coupling(
-        "vllm.entrypoints.serve.instrumentator.metrics:attach_router",
-        "adds /metrics when the API server builds its app, after the engines' client",
-        ("app",),
-    ),
     # The routes: serving.
     Coupling("vllm.v1.engine.exceptions:EngineGenerateError", "is one request's failure"),
     Coupling(

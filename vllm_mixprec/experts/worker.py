@@ -130,9 +130,12 @@ class WorkerStatistics:
         parallel = config.parallel_config
         experts = max(_experts_of(layer, config) for layer, _, _ in found)
         device = self._worker.device
-        rows = config.scheduler_config.max_num_batched_tokens * parallel.data_parallel_size
-        # Sequence parallelism and CUDA graphs pad a batch.
-        rows += 1024 + parallel.tensor_parallel_size * parallel.data_parallel_size
+        # CUDA graphs pad a batch to a captured size, sequence parallelism to whole shares.
+        rows = max(
+            config.scheduler_config.max_num_batched_tokens,
+            config.compilation_config.max_cudagraph_capture_size or 0,
+        )
+        rows = (rows + parallel.tensor_parallel_size) * parallel.data_parallel_size
         ubatches = parallel.num_ubatches if parallel.use_ubatching else 1
         real = [torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(ubatches)]
         # Inductor's CPU code adds float64 in place in the layer's own loop, and calls an operator
