@@ -60,7 +60,7 @@ def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> No
     for name in names:
         patch: Patch = importlib.import_module(f"vllm_mixprec.patches.{name}").PATCH
         if patch.apply is not None and patch.needed():
-            logger.info_once("patch %s: %s; %s", patch.name, patch.broken, patch.mended)
+            logger.info_once("mended in vLLM (%s): %s", patch.name, patch.mended)
             patch.apply()
 
 

@@ -96,7 +96,7 @@ def test_file_is_summarised(run, saved):
     assert result.code == 0 and result.err == ""
     for text in (
         "10.0 s since 2026-02-02T02:40:00Z, 0.2 tokens and 0.8 activations a second",
-        "2 routed, 1 requests",
+        "2 routed, 1 request",
         "4 in each of 2 layers, 2 a token",
         "busiest experts",
         "idlest experts",
@@ -337,7 +337,7 @@ def test_404_says_how_to_start_the_server(run, server):
         (504, "the engine did not answer within 10 s", {}, "504: the engine did not answer within"),
         (422, "at most 60", {"field": "minutes"}, "422: minutes: at most 60. Correct the option."),
         (500, "line\none \x1b[31mred", {}, "500: line one  [31mred. Check that this is the"),
-        (503, "x" * 10_000, {}, "503: " + "x" * 500 + ". Look at the server's log."),
+        (503, "x" * 10_000, {}, "503: " + "x" * 500 + ".\n"),
     ],
 )
 def test_message_of_the_server_is_shown(run, server, status, message, fields, expected):

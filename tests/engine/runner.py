@@ -5,7 +5,8 @@ python -m tests.engine.runner JOBS.json OUT.json
 
 JOBS: {"engine": {LLM options}, "jobs": [{"name", "model", "prompts", "options": {more},
 "environment": {variables}, "new_tokens": continue instead of score}]}. OUT: for each name what
-:func:`log_probs` or :func:`greedy` returns, with the seconds it took, or {"error": "..."}.
+:func:`log_probs` or :func:`greedy` returns, with the seconds it took and whether vLLM compiled the
+model, or {"error": "..."}.
 """
 
 import gc
@@ -89,7 +90,12 @@ def run(job: dict, options: dict) -> dict:
         llm = LLM(job["model"], **options | job.get("options", {}))
         started = time.monotonic()
         result = greedy(llm, job) if "new_tokens" in job else log_probs(llm, job)
-        return result | {"start_s": started - begun, "run_s": time.monotonic() - started}
+        mode = llm.llm_engine.vllm_config.compilation_config.mode
+        return result | {
+            "compiled": bool(mode),  # CompilationMode.NONE is 0
+            "start_s": started - begun,
+            "run_s": time.monotonic() - started,
+        }
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()

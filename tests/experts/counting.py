@@ -115,6 +115,8 @@ def as_dict(snapshot: ExpertSnapshot) -> dict:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     llm = LLM(job["model"], **job["options"])
+    mode = llm.llm_engine.vllm_config.compilation_config.mode
+    assert bool(mode) != job["options"].get("enforce_eager", False), f"compilation mode {mode}"
     at_start = expert_stats(llm)
     assert at_start.tokens == 0 and not at_start.counts.any(), "warm-up was counted"
     llm.collective_rpc(watch_scheduler)

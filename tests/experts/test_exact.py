@@ -103,7 +103,7 @@ def results(tmp_path_factory):
 
 def first_problem(log: str) -> str:
     """Return a log from the first error on: what an engine ends with often only follows from it."""
-    found = re.search(r"^.*(ERROR|Traceback)", log, re.MULTILINE)
+    found = re.search(r"^(.* ERROR |Traceback)", log, re.MULTILINE)
     return log[found.start() if found else -6000 :][:8000]
 
 

@@ -4,6 +4,7 @@
 import argparse
 import functools
 import http.client
+import importlib.util
 import json
 import math
 import operator
@@ -124,8 +125,8 @@ def _minutes(text: str) -> float:
         minutes = float(text)
     except ValueError:
         minutes = math.nan
-    if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
+    if not 0 < minutes <= 60:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected more than 0 and at most 60")
     return minutes
 
 
@@ -142,6 +143,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the sources, print what they say, write the files that were asked for."""
     if arguments.minutes is not None and any(isinstance(s, Path) for s in arguments.sources):
         arguments.parser.error("--minutes goes with servers only; a file holds one window")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        arguments.parser.error(
+            "--plot draws with matplotlib, which is not installed: "
+            "pip install 'vllm-mixprec[notebook]'"
+        )
     key = arguments.api_key or os.environ.get(_KEY_VARIABLE)
     if key is not None and not (key.isascii() and key.isprintable()):
         arguments.parser.error("the API key holds characters that no HTTP header can")
@@ -259,16 +265,18 @@ def _explain_status(base: str, error: urllib.error.HTTPError, *, sent_key: bool)
     if 300 <= status < 400:
         target = _one_line(error.headers.get("Location", "elsewhere"))
         return f"{base}: the server redirects to {target} ({status}). Write that address instead."
-    advice = {
-        422: "Correct the option.",
-        503: "Look at the server's log.",
-        504: "Try again, and look at the server's log.",
-    }.get(status, "Check that this is the address of vllm serve, and look at its log.")
-    return f"{base}: the server answered {status}: {said}. {advice}"
+    if status in (503, 504):  # what our server says of itself ends with a remedy
+        advice = "" if said else " Look at the server's log."
+    elif status == 422:
+        advice = " Correct the option."
+    else:
+        advice = " Check that this is the address of vllm serve, and look at its log."
+    reason = _one_line(error.reason or "") or "no message"
+    return f"{base}: the server answered {status}: {said or reason}.{advice}"
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """Return what the server says is wrong, in one printable line without a full stop."""
+    """Return what the server says is wrong, in one printable line without a full stop, or ""."""
     try:
         content = error.read(_MAX_MESSAGE_BYTES)
     except (OSError, http.client.HTTPException):
@@ -281,9 +289,7 @@ def _message(error: urllib.error.HTTPError) -> str:
         said = f"{field}: {said}" if field else said
     except (ValueError, KeyError, RecursionError):
         said = None
-    if not isinstance(said, str):
-        said = error.reason or "no message"
-    return _one_line(said)
+    return _one_line(said) if isinstance(said, str) else ""
 
 
 def _one_line(said: str) -> str:
@@ -318,7 +324,7 @@ def _print(snapshot: ExpertSnapshot, top: int, heading: str = "") -> None:
         )
     print(f"{heading}{snapshot.model}")
     print(f"  window       {snapshot.seconds:.1f} s since {summary['window']['since']}{rates}")
-    print(f"  tokens       {snapshot.tokens:,} routed, {snapshot.requests:,} requests")
+    print(f"  tokens       {snapshot.tokens:,} routed, {_count(snapshot.requests, 'request')}")
     print(
         f"  experts      {snapshot.num_experts} in each of {len(snapshot.layers)} layers, "
         f"{snapshot.experts_per_token} a token"
@@ -364,6 +370,10 @@ def _print_loads(loads: list[dict[str, Any]], title: str) -> None:
         for load in loads
     ]
     print_table(columns, rows, right=columns[:-1], title=title)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -269,6 +269,11 @@ LOADING: tuple[Coupling, ...] = (
         ("get_fused_moe_quant_config", "is_monolithic", "topk_indices_dtype"),
     ),
     Coupling(
+        f"{_FUSED_MOE}.moe_align_block_size:moe_align_block_size",
+        "sorts tokens by expert for the one-launch kernel",
+        ("topk_ids", "block_size", "num_experts"),
+    ),
+    Coupling(
         f"{_FUSED_MOE}.fused_moe_method_base:FusedMoEMethodBase.create_weights",
         "is told the sizes that one rank holds",
         _CREATE_EXPERTS,

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 HORIZON_S = 3600.0
 """How far back :meth:`History.since` reaches."""
-STEP_S = 15.0
-"""How closely: a window begins at most this much before what was asked for."""
+STEP_S = 10.0
+"""Least time between two readings that are remembered."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +62,8 @@ class History:
     def since(self, time_s: float) -> Totals:
         """Return the latest remembered totals that are no younger than ``time_s``, else the first.
 
-        They are read when somebody asks, at least every 15 s while a server exports metrics.
+        While a server exports metrics, counts are read every ten seconds or more often: what is
+        returned is then less than two steps older than what was asked for.
         """
         older = [totals for totals in self._past if totals.time_s <= time_s]
         return older[-1] if older else self._past[0]

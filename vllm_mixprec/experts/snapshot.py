@@ -400,7 +400,10 @@ class ExpertSnapshot:
         except (ValueError, RecursionError) as error:
             # RecursionError: thousands of opening brackets, which no snapshot has.
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise SnapshotError(f"not JSON ({reason}), expected a snapshot. {REMEDY}") from None
+            raise SnapshotError(
+                f"not JSON ({reason}), expected a snapshot; tables and pictures cannot be read "
+                f"back. {REMEDY}"
+            ) from None
         return cls.from_dict(parsed)
 
     # Tables and pictures

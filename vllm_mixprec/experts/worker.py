@@ -192,6 +192,8 @@ class WorkerStatistics:
                 }
             )
         self._experts = experts
+        if self._layers and get_tp_group().rank_in_group == 0:
+            logger.info("counting which experts work, in %d layers", len(self._layers))
 
     def _share_buffer(self, counter: LayerCounter) -> None:
         """Have kernels that route by themselves report into one buffer, read after each layer."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module, Parameter
-from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import (
@@ -23,7 +22,6 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
     PackedvLLMParameter,
 )
-from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
@@ -34,6 +32,13 @@ from vllm_mixprec.quant.cpu_ops import (
     mixed_experts,
     pack_int4,
     pack_plain,
+)
+from vllm_mixprec.quant.expert_parameters import (
+    ExpertSizes,
+    create_fp8_block,
+    create_gptq,
+    create_plain,
+    is_plain_silu,
 )
 
 if TYPE_CHECKING:
@@ -187,16 +192,6 @@ def _gptq_v1_zeros(scheme: Scheme, zeros: torch.Tensor) -> torch.Tensor:
     return torch.full_like(zeros, GPTQ_SYMMETRIC_ZERO)
 
 
-def is_plain_silu(layer: "RoutedExperts") -> bool:
-    """Whether experts compute ``silu(gate) * up`` and no more, which is all that the kernels do."""
-    return (
-        layer.activation.value == "silu"
-        and layer.swiglu_limit in (None, 0)
-        and layer.swiglu_alpha in (None, 1)
-        and layer.swiglu_beta in (None, 0)
-    )
-
-
 class CpuExpertsMethod(FusedMoEMethodBase):
     """Routed experts of one format through ``fused_experts_cpu``; a subclass for each format."""
 
@@ -275,14 +270,6 @@ class CpuExpertsMethod(FusedMoEMethodBase):
         raise NotImplementedError
 
 
-def _expert_parameter(
-    layer: Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict[str, Any]
-) -> None:
-    parameter = Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-    layer.register_parameter(name, parameter)
-    set_weight_attrs(parameter, attributes)
-
-
 class CpuBf16ExpertsMethod(CpuExpertsMethod):
     """bf16 experts; about twice as fast as the "vec" kernel that stock vLLM takes without AMX."""
 
@@ -298,11 +285,8 @@ class CpuBf16ExpertsMethod(CpuExpertsMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        inner = intermediate_size_per_partition
-        attributes = extra_weight_attrs
-        w13, w2 = (num_experts, 2 * inner, hidden_size), (num_experts, hidden_size, inner)
-        _expert_parameter(layer, "w13_weight", w13, params_dtype, attributes)
-        _expert_parameter(layer, "w2_weight", w2, params_dtype, attributes)
+        sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition)
+        create_plain(layer, sizes, params_dtype, extra_weight_attrs)
 
     def pack(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (pack_plain(weight),)
@@ -323,16 +307,8 @@ class CpuFp8ExpertsMethod(CpuExpertsMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        assert self.scheme.block is not None
-        block_n, block_k = self.scheme.block
-        inner = intermediate_size_per_partition
-        attributes = extra_weight_attrs
-        scales = attributes | {"quant_method": FusedMoeWeightScaleSupported.BLOCK.value}
-        for name, rows, columns in (("w13", 2 * inner, hidden_size), ("w2", hidden_size, inner)):
-            shape = (num_experts, rows, columns)
-            _expert_parameter(layer, f"{name}_weight", shape, torch.float8_e4m3fn, attributes)
-            shape = (num_experts, -(-rows // block_n), -(-columns // block_k))
-            _expert_parameter(layer, f"{name}_weight_scale_inv", shape, torch.float32, scales)
+        sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition)
+        create_fp8_block(layer, sizes, self.scheme, extra_weight_attrs)
 
     def pack(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return pack_plain(weight), scale.contiguous()
@@ -353,21 +329,8 @@ class CpuInt4ExpertsMethod(CpuExpertsMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        group_size = self.scheme.group_size
-        assert group_size is not None
-        inner = intermediate_size_per_partition
-        attributes = extra_weight_attrs | {
-            "quant_method": FusedMoeWeightScaleSupported.GROUP.value,
-            "is_transposed": True,
-        }
-        for name, rows, columns in (("w13", hidden_size, 2 * inner), ("w2", inner, hidden_size)):
-            groups = 1 if group_size < 0 else rows // group_size  # -1: one group spans all of K
-            shape = (num_experts, rows // 8, columns)
-            _expert_parameter(layer, f"{name}_qweight", shape, torch.int32, attributes)
-            shape = (num_experts, groups, columns)
-            _expert_parameter(layer, f"{name}_scales", shape, torch.float32, attributes)
-            shape = (num_experts, groups, columns // 8)
-            _expert_parameter(layer, f"{name}_qzeros", shape, torch.int32, attributes)
+        sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition)
+        create_gptq(layer, sizes, self.scheme, torch.float32, extra_weight_attrs)
 
     def pack(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor

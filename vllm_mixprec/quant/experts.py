@@ -17,6 +17,7 @@ from vllm_mixprec.errors import RouteError, UnsupportedError
 from vllm_mixprec.quant.cpu import CpuExpertsMethod
 from vllm_mixprec.quant.cpu_ops import mixed_experts
 from vllm_mixprec.quant.methods import experts_method
+from vllm_mixprec.quant.one_launch import HeldExpertsMethod, OneLaunch, use_one_launch
 from vllm_mixprec.routing.kernels import Platform
 from vllm_mixprec.routing.table import ExpertGroup
 
@@ -29,10 +30,11 @@ logger = init_logger("vllm.mixprec")
 class _GroupConfig(QuantizationConfig):
     """The quantization config of one child: every layer under it is of one scheme."""
 
-    def __init__(self, scheme: Scheme, platform: Platform) -> None:
+    def __init__(self, scheme: Scheme, platform: Platform, held: bool) -> None:
         super().__init__()
         self.scheme = scheme
         self.platform = platform
+        self.held = held
 
     def get_name(self) -> str:
         return "mixprec"
@@ -54,6 +56,8 @@ class _GroupConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: Module, prefix: str) -> FusedMoEMethodBase:
         assert isinstance(layer, RoutedExperts)
+        if self.held:
+            return HeldExpertsMethod(self.scheme, layer)
         return experts_method(self.scheme, self.platform, layer, prefix)
 
 
@@ -85,7 +89,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 
     ``create_weights`` gives the layer one child ``RoutedExperts`` a group, each with the method,
     parameters and post-processing of its own format; the layer itself holds no weight. Forward
-    makes one kernel call a group and sums.
+    makes one kernel call a group and sums, or one for all of them: :mod:`.one_launch`.
     """
 
     def __init__(
@@ -100,6 +104,13 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 "parallelism over data-parallel ranks; expected one format a layer there. Use "
                 "tensor-parallel expert parallelism or route each layer's experts to one source"
             )
+        schemes = [group.scheme for group in groups]
+        one_launch, problem = use_one_launch(schemes, platform, layer)
+        if problem is not None:
+            logger.warning("%s is run group by group: %s", layer.layer_name, problem)
+        self.one_launch = (
+            OneLaunch(layer.global_num_experts, layer.moe_config.in_dtype) if one_launch else None
+        )
 
     @property
     def topk_indices_dtype(self) -> torch.dtype:
@@ -125,7 +136,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 continue
             moe_config = copy.copy(layer.moe_config)
             moe_config.num_local_experts = len(local)
-            if self.platform.family == "cuda":
+            if self.platform.family == "cuda" and self.one_launch is None:
                 moe_config.moe_backend = _mapped_backend(group.scheme, self.platform)
                 if layer.moe_config.moe_backend not in ("auto", moe_config.moe_backend):
                     logger.warning_once(
@@ -139,7 +150,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
                 layer.layer_name,
                 params_dtype,
                 moe_config,
-                _GroupConfig(group.scheme, self.platform),
+                _GroupConfig(group.scheme, self.platform, held=self.one_launch is not None),
                 expert_map_manager=_GroupMap(layer.expert_map_manager, local),
                 ckpt_gate_proj_name=layer.ckpt_gate_proj_name,
                 ckpt_down_proj_name=layer.ckpt_down_proj_name,
@@ -201,6 +212,8 @@ class MixedExpertsMethod(FusedMoEMethodBase):
             return mixed_experts(
                 x, topk_weights, topk_ids, layer.expert_slots, tensors, kernels, blocks
             )
+        if self.one_launch is not None:
+            return self.one_launch(children, x, topk_weights, topk_ids)
         # Modular kernels return a fresh tensor, so the first can be added to.
         total = None
         for child in children:
@@ -210,17 +223,32 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         return torch.zeros_like(x) if total is None else total
 
 
-def _mapped_backend(scheme: Scheme, platform: Platform) -> str:
-    """Name a CUDA backend whose kernel skips the -1 of an expert map; most others ignore the map.
+# Format of a group -> vLLM's backends whose kernels skip the -1 of an expert map, best first, each
+# from a compute capability on. Read from vLLM 0.32, fused_moe/experts: Triton's (triton_moe.py)
+# computes FP8 in FP8, which needs 8.9; Marlin's (marlin_moe.py) dequantises in registers. The
+# others stay out: flashinfer_trtllm routes by itself, b12x, flashinfer_b12x and hpc say that they
+# support no map (supports_expert_map), and of the rest nothing was measured on a group of a layer.
+MAPPED_BACKENDS: dict[str, tuple[tuple[int, str], ...]] = {
+    "fp8_block": ((89, "triton"), (80, "marlin")),
+    "gptq": ((80, "marlin"),),
+    "bf16": ((0, "triton"),),
+}
 
-    Read from vLLM 0.32 (fused_moe/experts/triton_moe.py, marlin_moe.py); Triton's computes in FP8
-    and needs compute capability 8.9, Marlin's dequantises in registers.
+
+def _mapped_backend(scheme: Scheme, platform: Platform) -> str:
+    """Name the CUDA backend of one group of a layer.
+
+    Raises:
+        UnsupportedError: the device is too old for the format.
     """
-    if scheme.format == "gptq":
-        return "marlin"
-    if scheme.format == "fp8_block" and platform.compute_capability < 89:
-        return "marlin"
-    return "triton"
+    backends = MAPPED_BACKENDS.get(scheme.format, MAPPED_BACKENDS["bf16"])
+    for capability, backend in backends:
+        if platform.compute_capability >= capability:
+            return backend
+    raise UnsupportedError(
+        f"{scheme.label} experts on compute capability {platform.compute_capability / 10}; "
+        f"expected {backends[-1][0] / 10} or later. Route these experts to another source"
+    )
 
 
 # An expert's projection in a checkpoint -> the parameter that holds it, and its part of that.

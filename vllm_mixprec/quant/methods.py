@@ -24,6 +24,7 @@ from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant import cpu
 from vllm_mixprec.quant.cpu_ops import ExpertKernel, probe
+from vllm_mixprec.quant.expert_parameters import is_plain_silu
 from vllm_mixprec.routing.kernels import PLATFORM_VARIABLE, Platform, detect_platform
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _fast_bf16(scheme: Scheme, layer: "RoutedExperts") -> bool:
     return (
         scheme.format == "bf16"
         and moe.in_dtype == torch.bfloat16
-        and cpu.is_plain_silu(layer)
+        and is_plain_silu(layer)
         and not moe.has_bias
         and not layer.apply_router_weight_on_input
         and moe.hidden_dim % 32 == 0

@@ -48,19 +48,23 @@ class MixPrecRoute(APIRoute):
 
         async def handle_errors(request: Request) -> Response:
             try:
-                self.admit()
+                self.admit(request)
                 return await handle(request)
             except Exception as error:
                 return explain(error, request).response()
 
         return handle_errors
 
-    def admit(self) -> None:
+    def admit(self, request: Request) -> None:
         """Refuse a request before its body is read.
 
         Raises:
-            ApiError: it may not be made.
+            ApiError: it may not be made, or has parameters where nobody would look for them.
         """
+        if request.method == "POST" and request.query_params:
+            name = next(iter(request.query_params))
+            message = f"{name}: in the address; expected in the body, as JSON"
+            raise ApiError(422, "invalid_request", message, name)
 
 
 def explain(error: Exception, request: Request) -> ApiError:
@@ -96,11 +100,17 @@ def explain(error: Exception, request: Request) -> ApiError:
 
 def _explain_fields(problems: Sequence[Any]) -> ApiError:
     """Name the fields, never repeat their values: they can be megabytes."""
-    named = [(_name_field(problem), problem["msg"]) for problem in problems[:_SHOWN_PROBLEMS]]
+    named = [(_name_field(problem), _spell(problem)) for problem in problems[:_SHOWN_PROBLEMS]]
     message = "; ".join(f"{field}: {what}" for field, what in named)
     if len(problems) > _SHOWN_PROBLEMS:
         message += f"; and {len(problems) - _SHOWN_PROBLEMS} more"
     return ApiError(422, "invalid_request", message, named[0][0])
+
+
+def _spell(problem: Any) -> str:
+    if problem["type"] == "model_attributes_type":
+        return "expected a JSON object, sent with Content-Type: application/json"
+    return str(problem["msg"])
 
 
 def _name_field(problem: Any) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.middleware import Middleware
+from vllm.logger import init_logger
 
 from vllm_mixprec.experts.collect import collect, reset
 from vllm_mixprec.serving.page import KeyPrompt
@@ -18,6 +19,8 @@ from vllm_mixprec.serving.updates import Reloader
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+
+logger = init_logger("vllm.mixprec")
 
 
 class MixPrecEndpoints:
@@ -45,6 +48,7 @@ class MixPrecEndpoints:
                 reloader=await Reloader.create(engine_client),
                 started_at=time.monotonic(),
             )
+            logger.info("expert statistics under %s/, as a page %s/dashboard", PREFIX, PREFIX)
         self._prompt_for_keys()
 
     def _prompt_for_keys(self) -> None:

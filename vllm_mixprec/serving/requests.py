@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Minutes = Annotated[float, Field(gt=0, le=60)]
 Detail = Literal["full", "counts", "none"]
 
 _MAX_PROMPTS = 256
@@ -14,7 +14,7 @@ _MAX_PROMPTS = 256
 class StatsQuery(BaseModel):
     """Parameters of ``GET expert_stats``.
 
-    ``minutes`` asks for recent activity, of the last hour at most; the answer says what it covers.
+    ``minutes`` asks for recent activity, up to an hour back; the answer says what it covers.
     ``detail`` is what each layer says of its experts: an object each, plain arrays, or nothing.
     """
 
