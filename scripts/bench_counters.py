@@ -57,7 +57,10 @@ def say(text: str) -> None:
 def start_engine(model: Path, counters: bool) -> Any:
     """Start ``LLM(model)`` with or without counters; its processes read the environment anew."""
     from vllm import LLM
+    from vllm.platforms import current_platform
 
+    # Two engines share a GPU; on a CPU this is a share of the machine's memory, and not asked.
+    share = {"gpu_memory_utilization": 0.4} if current_platform.is_cuda() else {}
     os.environ[_VARIABLE] = "auto" if counters else "off"
     try:
         return LLM(
@@ -70,6 +73,7 @@ def start_engine(model: Path, counters: bool) -> Any:
             distributed_executor_backend="uni",
             enable_prefix_caching=False,
             kv_cache_memory_bytes=_KV_BYTES,
+            **share,
         )
     finally:
         del os.environ[_VARIABLE]

@@ -35,7 +35,7 @@ while [ $# -gt 0 ]; do
     -h | --help) usage; exit 0 ;;
     --parts) parts=${2:?--parts needs a folder}; shift 2 ;;
     -*) usage >&2; exit 2 ;;
-    *) dest=$1; shift ;;
+    *) dest=${1%/}; shift ;;
   esac
 done
 [ -n "$dest" ] || { usage >&2; exit 2; }

@@ -86,21 +86,25 @@ def copy_bandwidth(rounds: int = 9) -> list[float]:
     return found
 
 
+def answer_of(command: list[str]) -> str:
+    """What a program prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return ""
+
+
 def device(results: Results, options: argparse.Namespace) -> bool:
     import torch
 
     fields = "name,driver_version,memory.total,compute_cap,clocks.max.sm,clocks.max.memory"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    smi = subprocess.run(command, capture_output=True, text=True)
+    smi = answer_of(command)
     properties = torch.cuda.get_device_properties(0)
     bandwidth = copy_bandwidth()
-    git = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    commit = answer_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty"])
     results.cases["device"] = {
-        "nvidia_smi": dict(
-            zip(fields.split(","), smi.stdout.split("\n")[0].split(", "), strict=False)
-        ),
+        "nvidia_smi": dict(zip(fields.split(","), smi.split("\n")[0].split(", "), strict=False)),
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
@@ -108,7 +112,7 @@ def device(results: Results, options: argparse.Namespace) -> bool:
         "python": platform.python_version(),
         "copy_gb_s": statistics.median(bandwidth),
         "copy_gb_s_range": [min(bandwidth), max(bandwidth)],
-        "commit": git.stdout.strip() or None,
+        "commit": commit.strip() or None,
     }
     say(json.dumps(results.cases["device"], indent=1))
     return True

@@ -14,6 +14,7 @@
 # Exit code 0: every step passed. A step that fails does not stop the next; one that was cut goes on
 # where it stopped when the script is run again.
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")/.."
 
 # name, seconds it may take, what it does
@@ -34,8 +35,10 @@ while [ $# -gt 0 ]; do
     --bare) bare=1; shift ;;
     --decode-gb) pass+=("$1" "${2:?--decode-gb needs a number}"); shift 2 ;;
     --only) only+=("${2:?--only needs a step}"); shift 2 ;;
-    --site) site=$(cd "${2:?--site needs a folder}" && pwd); shift 2 ;;
-    --results) results=${2:?--results needs a folder}; shift 2 ;;
+    --site) site=$(cd "$from" && cd "${2:?--site needs a folder}" && pwd); shift 2 ;;
+    --results)
+      case ${2:?--results needs a folder} in /*) results=$2 ;; *) results=$from/$2 ;; esac
+      shift 2 ;;
     *) sed -n '3,16s/^# //p' "$0" >&2; exit 2 ;;
   esac
 done
@@ -48,7 +51,7 @@ python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || [ -n "${PYTHON:-}" ] || python=python3
 if [ -n "$site" ]; then
   export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH}
-elif [ -z "$bare" ] && ! "$python" -c 'import pytest, vllm, vllm_mixprec' 2>/dev/null; then
+elif [ -z "$bare" ] && ! "$python" -c 'import pytest, torch, vllm, vllm_mixprec; assert torch.version.cuda' 2>/dev/null; then
   scripts/setup_env.sh
   python=.venv/bin/python
   "$python" -c 'import pytest' 2>/dev/null || "$python" -m pip install --quiet --disable-pip-version-check pytest

@@ -81,6 +81,7 @@ def greedy(llm, job: dict) -> dict:
 def run(job: dict, options: dict) -> dict:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.models.utils import _model_to_pp_missing_layer_names
 
     environment = os.environ.copy()  # vLLM sets variables that would outlast the job
     os.environ |= job.get("environment", {})
@@ -101,6 +102,9 @@ def run(job: dict, options: dict) -> dict:
             llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+        # Keyed by id(model), which the next job's model may get (models/utils.py, 0.32): it would
+        # take the last one's layers of other stages for its own.
+        _model_to_pp_missing_layer_names.clear()
         cleanup_dist_env_and_memory()
         os.environ.clear()
         os.environ |= environment

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import vllm.envs as envs
 from torch.nn import Module, Parameter
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -124,6 +123,7 @@ class HeldExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
         """Pack int4 for the kernel, an expert at a time; the others are as they must be."""
+        layer.times_processed = getattr(layer, "times_processed", 0) + 1
         if self.scheme.format != "gptq":
             return
         for name in ("w13", "w2"):
@@ -195,14 +195,21 @@ class OneLaunch:
         rows, top_k = topk_ids.shape
         config = choose_config(rows, top_k, table.experts, table.intermediate_size)
         aligned = None
-        # vLLM's operator reads out of bounds for the -1 that this variable puts into padding.
-        if topk_ids.is_cuda and not envs.VLLM_MOE_SKIP_PADDING:
-            aligned = moe_align_block_size(topk_ids, config.block_m, table.experts)
+        if topk_ids.is_cuda:
+            # The -1 of padding (VLLM_MOE_SKIP_PADDING) goes to an expert behind the last, whose
+            # tiles the kernel leaves: older versions of the operator read out of bounds for it.
+            ids = topk_ids.masked_fill(topk_ids < 0, table.experts)
+            aligned = moe_align_block_size(ids, config.block_m, table.experts + 1)
         return grouped_experts(x, topk_weights, topk_ids, table, config=config, aligned=aligned)
 
     def _table_of(self, children: "Sequence[RoutedExperts]") -> ExpertTable:
-        """Return the table; anew where a reload has put the weights somewhere else."""
+        """Return the table; anew after a reload, at the address that CUDA graphs hold.
+
+        Raises:
+            UnsupportedError: the weights that came need another kernel than was captured.
+        """
         read = tuple(p.data_ptr() for child in children for p in child.parameters(recurse=False))
+        read += tuple(child.times_processed for child in children)
         if self._table is None or read != self._read:
             w13: list[Weight | None] = [None] * self._experts
             w2 = w13.copy()
@@ -214,5 +221,13 @@ class OneLaunch:
                 for expert, slot in enumerate(slots):
                     if slot >= 0:
                         w13[expert], w2[expert] = firsts[slot], seconds[slot]
-            self._table, self._read = ExpertTable(w13, w2, self._dtype), read
+            table = ExpertTable(w13, w2, self._dtype)
+            if self._table is not None:
+                if table.traits != self._table.traits:
+                    raise UnsupportedError(
+                        f"{children[0].layer_name}: reloaded weights need the kernel "
+                        f"{table.traits}, expected {self._table.traits}. Restart the server"
+                    )
+                table.descriptors = self._table.descriptors.copy_(table.descriptors)
+            self._table, self._read = table, read
         return self._table
