@@ -112,6 +112,22 @@ def test_body_that_is_no_json_is_422(client):
     assert error_of(answer, 422)["field"] == "body"
 
 
+def test_parameters_of_a_post_are_never_ignored(client, counters):
+    answer = client.post("export_expert_stats?format=csv")
+    assert answer.headers["content-type"].startswith("text/csv")
+    assert client.post("expert_stats?minutes=0.5").status_code == 200
+    assert counters.asked == [None, 0.5]
+    error = error_of(client.post("export_expert_stats?reset=true", json={"format": "csv"}), 422)
+    assert error["field"] == "reset"
+    assert error_of(client.post("reset_expert_stats?minutes=1"), 422)["field"] == "minutes"
+    assert counters.resets == 0
+
+
+def test_json_without_its_content_type_is_told(client):
+    error = error_of(client.post("export_expert_stats", content=b'{"format": "csv"}'), 422)
+    assert error["message"].endswith("sent with Content-Type: application/json")
+
+
 def test_errors_do_not_repeat_what_was_sent(client):
     error = error_of(
         client.post("expert_stats", json={f"k{i}": "x" * 1000 for i in range(50)}), 422

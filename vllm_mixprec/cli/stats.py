@@ -125,8 +125,8 @@ def _minutes(text: str) -> float:
         minutes = float(text)
     except ValueError:
         minutes = math.nan
-    if not 0 < minutes <= 60:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected more than 0 and at most 60")
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
     return minutes
 
 

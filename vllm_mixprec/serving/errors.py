@@ -48,23 +48,19 @@ class MixPrecRoute(APIRoute):
 
         async def handle_errors(request: Request) -> Response:
             try:
-                self.admit(request)
+                self.admit()
                 return await handle(request)
             except Exception as error:
                 return explain(error, request).response()
 
         return handle_errors
 
-    def admit(self, request: Request) -> None:
+    def admit(self) -> None:
         """Refuse a request before its body is read.
 
         Raises:
-            ApiError: it may not be made, or has parameters where nobody would look for them.
+            ApiError: it may not be made.
         """
-        if request.method == "POST" and request.query_params:
-            name = next(iter(request.query_params))
-            message = f"{name}: in the address; expected in the body, as JSON"
-            raise ApiError(422, "invalid_request", message, name)
 
 
 def explain(error: Exception, request: Request) -> ApiError:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Minutes = Annotated[float, Field(gt=0, le=60)]
+Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Detail = Literal["full", "counts", "none"]
 
 _MAX_PROMPTS = 256
@@ -14,7 +14,7 @@ _MAX_PROMPTS = 256
 class StatsQuery(BaseModel):
     """Parameters of ``GET expert_stats``.
 
-    ``minutes`` asks for recent activity, up to an hour back; the answer says what it covers.
+    ``minutes`` asks for recent activity, of the last hour at most; the answer says what it covers.
     ``detail`` is what each layer says of its experts: an object each, plain arrays, or nothing.
     """
 
@@ -31,18 +31,24 @@ class StatsBody(StatsQuery):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class ExportBody(BaseModel):
-    """Body of ``POST export_expert_stats``.
+class ExportQuery(BaseModel):
+    """Parameters of ``POST export_expert_stats``.
 
     ``json`` and ``snapshot`` are one thing, what ``ExpertSnapshot.load`` reads. With ``reset`` a
     new window begins exactly where the exported one ends.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
     format: Literal["json", "csv", "snapshot"] = "json"
     minutes: Minutes | None = None
     reset: bool = False
+
+
+class ExportBody(ExportQuery):
+    """The same as JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Sampling(BaseModel):

@@ -20,6 +20,7 @@ from vllm_mixprec.serving.report import describe_stats, encode, merge_engines, n
 from vllm_mixprec.serving.requests import (
     BatchGenerateBody,
     ExportBody,
+    ExportQuery,
     GenerateBody,
     StatsBody,
     StatsQuery,
@@ -60,6 +61,21 @@ def _service(request: Request) -> Service:
 
 Served = Annotated[Service, Depends(_service)]
 
+
+def _refuse_query(request: Request) -> None:
+    """Refuse parameters in the address where they are expected in the body, or nowhere.
+
+    Raises:
+        ApiError: there are some.
+    """
+    if request.query_params:
+        name = next(iter(request.query_params))
+        message = f"{name}: in the address; expected in the body alone, as JSON"
+        raise ApiError(422, "invalid_request", message, name)
+
+
+_NO_QUERY = [Depends(_refuse_query)]
+
 router = APIRouter(prefix=PREFIX, tags=["mixprec"], route_class=MixPrecRoute)
 updates = APIRouter(route_class=UpdateRoute)
 
@@ -87,10 +103,15 @@ async def get_expert_stats(query: Annotated[StatsQuery, Query()], service: Serve
 
 @router.post("/expert_stats")
 async def post_expert_stats(
-    service: Served, body: Annotated[StatsBody | None, Body()] = None
+    service: Served,
+    query: Annotated[StatsQuery, Query()],
+    request: Request,
+    body: Annotated[StatsBody | None, Body()] = None,
 ) -> Response:
-    """The same, asked in JSON."""
-    return await _expert_stats(body or StatsBody(), service)
+    """The same, asked in JSON or in the address."""
+    if body is not None:
+        _refuse_query(request)
+    return await _expert_stats(body or query, service)
 
 
 async def _expert_stats(query: StatsQuery, service: Service) -> Response:
@@ -105,7 +126,7 @@ async def _expert_stats(query: StatsQuery, service: Service) -> Response:
     return _json(await service.statistics.render(query.minutes, kind, describe))
 
 
-@router.post("/reset_expert_stats")
+@router.post("/reset_expert_stats", dependencies=_NO_QUERY)
 async def reset_expert_stats(service: Served) -> Response:
     """Begin a new window, and say what the one that ended had counted; totals go on."""
     engines = await service.statistics.reset()
@@ -115,10 +136,15 @@ async def reset_expert_stats(service: Served) -> Response:
 
 @router.post("/export_expert_stats")
 async def export_expert_stats(
-    service: Served, body: Annotated[ExportBody | None, Body()] = None
+    service: Served,
+    query: Annotated[ExportQuery, Query()],
+    request: Request,
+    body: Annotated[ExportBody | None, Body()] = None,
 ) -> Response:
     """The counts as a file: a snapshot that ``vllm-mixprec stats`` reads, or CSV."""
-    wanted = body or ExportBody()
+    if body is not None:
+        _refuse_query(request)
+    wanted = body or query
     if wanted.reset and wanted.minutes is not None:
         raise ApiError(
             422,
@@ -148,7 +174,7 @@ async def export_expert_stats(
     )
 
 
-@router.post("/generate")
+@router.post("/generate", dependencies=_NO_QUERY)
 @with_cancellation
 async def generate_one(body: GenerateBody, raw_request: Request) -> Response:
     """Continue one prompt."""
@@ -156,7 +182,7 @@ async def generate_one(body: GenerateBody, raw_request: Request) -> Response:
     return _json(encode(answer))
 
 
-@router.post("/batch_generate")
+@router.post("/batch_generate", dependencies=_NO_QUERY)
 @with_cancellation
 async def generate_batch(body: BatchGenerateBody, raw_request: Request) -> Response:
     """Continue several prompts, in their order."""

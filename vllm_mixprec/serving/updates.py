@@ -7,7 +7,6 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from fastapi import Request
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -37,14 +36,13 @@ def updates_allowed() -> bool:
 class UpdateRoute(MixPrecRoute):
     """A route that changes the model: refused before its body is looked at, unless allowed."""
 
-    def admit(self, request: Request) -> None:
+    def admit(self) -> None:
         if not updates_allowed():
             raise ApiError(
                 403,
                 "forbidden",
                 f"this server does not allow changes to its model; start it with {VARIABLE}=1",
             )
-        super().admit(request)
 
 
 class Reloader:
