@@ -44,16 +44,15 @@ class Counters:
         ubatches: int = 1,
         device: str = "cpu",
     ) -> None:
-        self.flat = torch.zeros(layers * EXPERTS, dtype=torch.int64, device=device)
+        self.rows = [torch.zeros(EXPERTS, dtype=torch.int64, device=device) for _ in range(layers)]
         self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
         # As a run before may have left it.
         self.real = torch.ones((ubatches, ROWS), dtype=torch.bool, device=device)
         self.layers = [
             LayerCounter(
-                self.flat,
+                self.rows[layer],
                 self.tokens,
                 self.real,
-                offset=layer * EXPERTS,
                 experts=EXPERTS,
                 marks=layer == 0,
                 shares=shares,
@@ -63,7 +62,7 @@ class Counters:
 
     @property
     def counts(self) -> np.ndarray:
-        return self.flat.numpy().reshape(-1, EXPERTS)
+        return torch.stack(self.rows).cpu().numpy()
 
     def count(self, *topk_ids: Tensor) -> None:
         """One forward pass: a batch a layer."""

@@ -28,7 +28,7 @@ def test_replays_mark_and_count_the_rows_of_their_own_batch(layers, tmp_path, de
             with torch.cuda.graph(graph):
                 counters.count(*ids)
         torch.cuda.synchronize()
-        assert not counters.flat.any() and not counters.tokens.any()
+        assert not counters.counts.any() and not counters.tokens.any()
 
         expected = np.zeros((2, layers.EXPERTS), dtype=np.int64)
         for seed, tokens in enumerate((ROWS, 3, 0, 20)):
@@ -39,6 +39,6 @@ def test_replays_mark_and_count_the_rows_of_their_own_batch(layers, tmp_path, de
             graph.replay()
             for layer, new in enumerate(drawn):
                 expected[layer] += layers.bincount(new[:tokens])
-        counts = counters.flat.cpu().numpy().reshape(2, -1)
+        counts = counters.counts
         np.testing.assert_array_equal(counts, expected)
         assert counters.tokens.item() == ROWS + 3 + 20

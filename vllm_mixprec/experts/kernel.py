@@ -8,9 +8,9 @@ from torch import Tensor
 _BLOCK = 256
 
 
-@triton.jit(do_not_specialize=["pairs", "stride", "offset", "experts"])
+@triton.jit(do_not_specialize=["pairs", "stride", "experts"])
 def _count_kernel(
-    ids, real, counts, pairs, stride, offset, experts, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+    ids, real, counts, pairs, stride, experts, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 ):
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
@@ -19,19 +19,16 @@ def _count_kernel(
     is_real = tl.load(real + row, mask=inside, other=0) != 0
     counted = inside & is_real & (expert >= 0) & (expert < experts)
     one = tl.full((BLOCK,), 1, tl.int64)
-    tl.atomic_add(counts + offset + tl.where(counted, expert, 0), one, mask=counted, sem="relaxed")
+    tl.atomic_add(counts + tl.where(counted, expert, 0), one, mask=counted, sem="relaxed")
 
 
-def count_experts(
-    topk_ids: Tensor, real: Tensor, counts: Tensor, offset: int, experts: int
-) -> None:
-    """Add 1 to ``counts[offset + id]`` for every id of a real row.
+def count_experts(topk_ids: Tensor, real: Tensor, counts: Tensor, experts: int) -> None:
+    """Add 1 to ``counts[id]`` for every id of a real row.
 
     Args:
         topk_ids: integer ``[rows, experts per token]``; ids outside ``[0, experts)`` are skipped.
         real: bool ``[at least rows]``.
-        counts: int64, flat.
-        offset: where the layer's counts begin.
+        counts: int64 ``[at least experts]``, contiguous.
         experts: of the layer.
     """
     rows, top_k = topk_ids.shape
@@ -45,7 +42,6 @@ def count_experts(
             counts,
             pairs,
             topk_ids.stride(0),
-            offset,
             experts,
             TOP_K=top_k,
             BLOCK=_BLOCK,

@@ -97,7 +97,7 @@ class WorkerStatistics:
         self._layers: list[dict[str, Any]] = []
         self._experts = 0
         self._attached: list[tuple[MoERunner, LayerCounter]] = []
-        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._counts: list[torch.Tensor] = []
         self._tokens = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
         self._history = History(time.time(), 0, 0)
 
@@ -141,7 +141,7 @@ class WorkerStatistics:
         # Inductor's CPU code adds float64 in place in the layer's own loop, and calls an operator
         # for int64. A float64 is exact up to 2^53.
         dtype = torch.float64 if device.type == "cpu" else torch.int64
-        self._counts = torch.zeros(len(found) * experts, dtype=dtype, device=device)
+        self._counts = [torch.zeros(experts, dtype=dtype, device=device) for _ in found]
         # Two tensors: torch.compile copies a part of one before it writes to it.
         tokens = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2)]
         self._tokens = tokens
@@ -155,11 +155,10 @@ class WorkerStatistics:
             alone = parallel.data_parallel_size == sp_size == 1
             every_row = device.type == "cpu" and alone and not draft
             counter = LayerCounter(
-                self._counts,
+                self._counts[row],
                 # Drafts of several modules run one a pass: each of them marks, the first counts.
                 scratch if draft in marked else tokens[draft],
                 None if every_row else real,
-                offset=row * experts,
                 experts=_experts_of(layer, config),
                 marks=draft or draft not in marked,
                 shares=(
@@ -223,9 +222,8 @@ class WorkerStatistics:
         if self._begun:
             return
         self._begun = True
-        self._counts.zero_()
-        for tokens in self._tokens:
-            tokens.zero_()
+        for counted in (*self._counts, *self._tokens):
+            counted.zero_()
         self._requests = 0
         self._history = History(time.time(), len(self._layers), self._experts)
 
@@ -298,10 +296,10 @@ class WorkerStatistics:
         silent = get_tp_group().rank_in_group > 0
         if silent and not any(layer["shared"] for layer in self._layers):
             return None
-        rows = [layer["row"] for layer in self._layers]
-        # The fancy index copies: on a CPU .numpy() shows the counters themselves.
-        counts = self._counts.cpu().numpy().reshape(-1, self._experts or 1)
-        counts = counts[rows, : self._experts].astype(np.int64, copy=False)
+        rows = [self._counts[layer["row"]] for layer in self._layers]
+        counts = np.zeros((0, self._experts), np.int64)
+        if rows:  # stacked on the device: one copy, and on a CPU none of the counters themselves
+            counts = torch.stack(rows).cpu().numpy().astype(np.int64, copy=False)
         target, draft = (int(tokens) for tokens in self._tokens)
         if silent:  # what is not shared among the ranks, rank 0 tells
             counts[[not layer["shared"] for layer in self._layers]] = 0
