@@ -82,6 +82,22 @@ def start_engine(model: Path, counters: bool) -> Any:
         del os.environ[_VARIABLE]
 
 
+def keep_workspaces() -> None:
+    """Keep each engine's scratch memory on a GPU.
+
+    vLLM frees the first engine's when the second starts, yet the first one's graphs write to it.
+    """
+    from vllm.v1.worker import workspace
+
+    kept, start = [], workspace.init_workspace_manager
+
+    def keep(*args: Any, **more: Any) -> None:
+        kept.append(workspace._manager)
+        start(*args, **more)
+
+    workspace.init_workspace_manager = keep
+
+
 def share_weights(engines: list[Any]) -> None:
     """Have the second engine read the first one's weights.
 
@@ -143,6 +159,7 @@ def measure_pairs(
 ) -> list[dict[str, Any]]:
     """Start two engines and measure pairs of decode runs: ms of each step by batch, of each."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    keep_workspaces()
     engines = []
     for counting in counters:
         begun = time.perf_counter()

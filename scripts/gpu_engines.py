@@ -182,12 +182,11 @@ def memory(results: Results, options: argparse.Namespace) -> bool:
 
 
 def counters(results: Results, options: argparse.Namespace) -> bool:
-    """Run scripts/bench_counters.py, whose two engines share this process."""
+    """Run scripts/bench_counters.py."""
     out = results.file.with_name("bench_counters.json")
-    arguments = ["bench_counters.py", "--json", str(out)]
-    arguments += ["--quick", "--pairs", "5"] if options.quick else []
+    arguments = ["--json", str(out), *(["--quick", "--pairs", "5"] if options.quick else [])]
     code = subprocess.run(
-        [sys.executable, __file__, "counters-child", *arguments],
+        [sys.executable, ROOT / "scripts" / "bench_counters.py", *arguments],
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     ).returncode
@@ -200,29 +199,7 @@ def counters(results: Results, options: argparse.Namespace) -> bool:
     return worst >= 0.995
 
 
-def counters_child(arguments: list[str]) -> None:
-    """Run bench_counters.py with each engine's scratch memory kept.
-
-    vLLM frees the first engine's when the second starts, yet the first one's graphs write to it.
-    """
-    import runpy
-
-    from vllm.v1.worker import workspace
-
-    kept, start = [], workspace.init_workspace_manager
-
-    def keep(*args: Any, **more: Any) -> None:
-        kept.append(workspace._manager)
-        start(*args, **more)
-
-    workspace.init_workspace_manager = keep
-    sys.argv = arguments
-    runpy.run_path(str(ROOT / "scripts" / "bench_counters.py"), run_name="__main__")
-
-
 def main() -> None:
-    if sys.argv[1:2] == ["counters-child"]:
-        return counters_child(sys.argv[2:])
     parser = argparse.ArgumentParser(description=engine.__doc__)
     parser.add_argument("--job", type=json.loads, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -24,11 +24,11 @@ from vllm_mixprec.errors import StatsUnavailableError
 from vllm_mixprec.experts import prometheus
 from vllm_mixprec.experts.prometheus import (
     ExpertPoller,
-    ExpertSeries,
     ExpertStatLogger,
     export_plan,
     unregister_metrics,
 )
+from vllm_mixprec.experts.series import SLICE_SERIES, ExpertSeries
 from vllm_mixprec.experts.snapshot import ExpertSnapshot
 
 ROOT = Path(__file__).parents[2]
@@ -242,7 +242,7 @@ def test_updates_let_the_event_loop_turn() -> None:
             count += 1
         return count
 
-    assert asyncio.run(turns()) >= 40 * 256 // prometheus.SLICE_SERIES
+    assert asyncio.run(turns()) >= 40 * 256 // SLICE_SERIES
 
 
 # Several API servers.
@@ -251,7 +251,7 @@ PROCESS = """
     import asyncio, json, sys
     import numpy as np
     from prometheus_client import CollectorRegistry
-    from vllm_mixprec.experts.prometheus import ExpertSeries
+    from vllm_mixprec.experts.series import ExpertSeries
     from tests.experts.test_prometheus import snapshot
     series = ExpertSeries("m", False, CollectorRegistry())
     for counts in json.loads(sys.stdin.read()):

@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import csv
-import html
-import io
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_mixprec.errors import MixPrecError
+from vllm_mixprec.experts import tables
 from vllm_mixprec.experts.snapshot_file import (
     FORMAT,
     MAX_FILE_BYTES,
@@ -41,6 +38,7 @@ from vllm_mixprec.experts.snapshot_file import (
     to_seconds,
     write_atomically,
 )
+from vllm_mixprec.experts.tables import COLUMNS, format_utc
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +57,6 @@ __all__ = [
     "write_atomically",
 ]
 
-COLUMNS = ("layer", "expert", "count", "share", "last_activation")
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 # How far the begin of one window may wander between two polls; a reset moves it further.
@@ -416,27 +413,7 @@ class ExpertSnapshot:
         Raises:
             MixPrecError: pandas is not installed.
         """
-        try:
-            import pandas as pd  # here, because reading a snapshot must not need it
-        except ImportError as error:
-            raise MixPrecError(
-                f"to_pandas: {error}; expected pandas. pip install 'vllm-mixprec[notebook]'"
-            ) from None
-        # Milliseconds, because nanoseconds in 64 bits end in the year 2262.
-        times = np.full(self.counts.size, "NaT", dtype="datetime64[ms]")
-        if self.last_activation_s is not None:
-            known = ~np.isnan(self.last_activation_s.ravel())
-            milliseconds = np.rint(self.last_activation_s.ravel()[known] * 1000)
-            times[known] = milliseconds.astype(np.int64).astype("datetime64[ms]")
-        return pd.DataFrame(
-            {
-                "layer": np.repeat(np.array(self.layers, dtype=object), self.num_experts),
-                "expert": np.tile(np.arange(self.num_experts), len(self.layers)),
-                "count": self.counts.ravel(),
-                "share": self.shares.ravel(),
-                "last_activation": pd.to_datetime(times, utc=True),
-            }
-        )
+        return tables.to_pandas(self)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the rows of ``to_pandas`` as CSV, and write them to ``path`` if one is given.
@@ -446,15 +423,10 @@ class ExpertSnapshot:
         Raises:
             SnapshotError: the file cannot be written.
         """
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for load in self.loads():
-            when = "" if load.last_activation_s is None else format_utc(load.last_activation_s)
-            writer.writerow((load.layer, load.expert, load.count, load.share, when))
+        text = tables.to_csv(self)
         if path is not None:
-            write_atomically(path, stream.getvalue())
-        return stream.getvalue()
+            write_atomically(path, text)
+        return text
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw a heatmap of layers x experts and the sorted load; save it if ``path`` is given.
@@ -485,39 +457,7 @@ class ExpertSnapshot:
 
     def _repr_html_(self) -> str:
         """Return a short table, for notebooks."""
-        worst = "none yet"
-        if self.activations:
-            row = int(np.nanargmax(self.imbalance))
-            worst = f"{self.imbalance[row]:.2f} in layer {self.layers[row]}"
-        rows = {
-            "model": self.model,
-            "layers x experts": f"{len(self.layers)} x {self.num_experts}, "
-            f"{self.experts_per_token} a token",
-            "tokens, requests": f"{self.tokens:,}, {self.requests:,}",
-            "window": f"{self.seconds:.1f} s from {format_utc(self.started_s)}",
-            "experts active": f"{int(self.active_experts.sum())} of {self.counts.size}",
-            "busiest over mean, at most": worst,
-            "busiest, layer/expert": ", ".join(
-                f"{load.layer}/{load.expert} ({load.share:.1%})"
-                for load in self.busiest(5)
-                if load.count
-            )
-            or "none yet",
-        }
-        if self.draft is not None:
-            rows["draft"] = f"{len(self.draft.layers)} layers, {self.draft.tokens:,} tokens"
-        cells = (
-            f"<tr><th style='text-align:left'>{html.escape(key)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for key, value in rows.items()
-        )
-        return f"<table>{''.join(cells)}</table>"
-
-
-def format_utc(time_s: float) -> str:
-    """Spell a unix time in ISO 8601, to the second, in UTC: ``2026-01-31T12:00:00Z``."""
-    moment = datetime.fromtimestamp(time_s, timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+        return tables.to_html(self)
 
 
 def _shorten(layers: tuple[str, ...]) -> str:
