@@ -152,7 +152,7 @@ def test_anchors_and_merge_keys_are_fine(tmp_path: Path) -> None:
         ),
         ('"model.layers.{0-3}.self_attn.*_proj"', "3", "9: rules.1.match: found 3, expected a str"),
         ("{0-7,12}", "{7-0}", "8: rules.0: match .*range 7-0 runs backwards"),
-        ("shared_experts", "(", "10: rules.2: match .*not a Python regular expression"),
+        ("shared_experts", "(", "10: rules.2: match .*cannot be a regular expression"),
         ("widen", "widn", "12: options.mixed_fused: found .widn., expected 'widen' or 'error'"),
         ("mixed_fused", "mixd_fused", "12: options.mixd_fused: unknown key.* Nearest: mixed_fused"),
         (

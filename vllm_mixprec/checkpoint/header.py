@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the header of one safetensors file: names, dtypes, shapes and byte ranges, no data."""
 
-import json
 import os
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vllm_mixprec.checkpoint.bounded_json import parse_json
+from vllm_mixprec.checkpoint.files import FileStamp, open_file
 from vllm_mixprec.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -40,6 +40,9 @@ DTYPE_BITS = {
 }
 """Bits of one element by safetensors dtype (safetensors/src/tensor.rs, ``Dtype``)."""
 
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_LARGEST = 2**64 - 1  # of a size or an offset, as the safetensors library counts them
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -47,7 +50,8 @@ class TensorSpec:
 
     ``name`` is spelt as in the file, ``dtype`` as in safetensors (``BF16``, ``F8_E4M3``, ``I32``).
     ``shape`` counts elements of the stored dtype, so packed int4 counts int32 words, not weights.
-    ``start`` and ``end`` (exclusive) are byte offsets from the beginning of ``file``.
+    ``start`` and ``end`` (exclusive) are byte offsets from the beginning of ``file``. ``stamp`` is
+    of the file whose header this was: data may only be read from a file that still has it.
     """
 
     name: str
@@ -56,6 +60,7 @@ class TensorSpec:
     file: Path
     start: int
     end: int
+    stamp: FileStamp | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -76,20 +81,21 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorSpec]:
         CheckpointError: the file cannot be read, is cut short, or its header is malformed.
     """
     file = Path(path)
-    entries, data_start, data_bytes = _read_json(file)
-    specs: dict[str, TensorSpec] = {}
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            specs[name] = _parse_entry(file, name, entry, data_start)
-    _check_ranges(file, specs, data_start, data_bytes)
+    entries, data_start, stamp = _read_json(file)
+    _check_metadata(file, entries.pop("__metadata__", {}))
+    specs = {
+        name: _parse_entry(file, name, entry, data_start, stamp) for name, entry in entries.items()
+    }
+    _check_ranges(file, specs, data_start, stamp.size_bytes)
     return specs
 
 
-def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the parsed header, the offset where the data begins, and the bytes of data."""
+def _read_json(file: Path) -> tuple[dict[str, Any], int, FileStamp]:
+    """Return the parsed header, the offset where the data begins, and the file's stamp."""
     try:
-        with open(file, "rb") as stream:
-            file_bytes = os.fstat(stream.fileno()).st_size
+        descriptor, stamp = open_file(file)
+        with open(descriptor, "rb") as stream:
+            file_bytes = stamp.size_bytes
             if file_bytes < 8:
                 raise CheckpointError(
                     f"{file}: {file_bytes} bytes, expected at least the 8 of a header length. "
@@ -114,8 +120,8 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
             "Check that the file exists and its permissions."
         ) from error
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(
             f"{file}: the header is not valid JSON ({error}), expected one object of tensors. "
             "Download the file again."
@@ -125,49 +131,51 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
             f"{file}: the header is a JSON {type(header).__name__}, expected an object of "
             "tensors. Download the file again."
         )
-    return header, 8 + header_bytes, file_bytes - 8 - header_bytes
+    return header, 8 + header_bytes, stamp
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, refusing a key that occurs twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"key {key!r} occurs twice")
-            seen.add(key)
-    return result
+def _check_metadata(file: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        _refuse(file, "__metadata__", f"entry is {metadata!r}", "an object of strings")
 
 
-def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
+def _parse_entry(
+    file: Path, name: str, entry: Any, data_start: int, stamp: FileStamp
+) -> TensorSpec:
     """Turn one header entry into a spec; the ranges of the tensors are compared later."""
     try:
         dtype, dims, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         _refuse(file, name, f"entry is {entry!r}", "dtype, shape and two data_offsets")
+    if len(entry) != len(_ENTRY_KEYS):
+        extra = sorted(entry.keys() - _ENTRY_KEYS)
+        _refuse(file, name, f"entry has {extra!r} too", "dtype, shape and two data_offsets alone")
     bits = DTYPE_BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
         _refuse(file, name, f"dtype is {dtype!r}", f"one of {' '.join(DTYPE_BITS)}")
     if type(dims) is not list:
         _refuse(file, name, f"shape is {dims!r}", "a list of sizes")
+    elements = 1
     for dim in dims:
         if type(dim) is not int or dim < 0:
             _refuse(file, name, f"shape is {dims!r}", "a list of non-negative integers")
+        elements *= dim
+        if max(dim, elements * bits) > _LARGEST:
+            _refuse(file, name, f"shape is {dims!r}", f"at most {_LARGEST} bits")
     if type(start) is not int or type(end) is not int or not 0 <= start <= end:
         _refuse(file, name, f"data_offsets are [{start!r}, {end!r}]", "0 <= start <= end")
-    if prod(dims) * bits != (end - start) * 8:
+    if elements * bits != (end - start) * 8:
         _refuse(
             file,
             name,
             f"data_offsets span {end - start} bytes",
-            f"{prod(dims) * bits / 8:g} for {dtype} of shape {dims}",
+            f"{elements * bits / 8:g} for {dtype} of shape {dims}",
         )
-    return TensorSpec(name, dtype, tuple(dims), file, data_start + start, data_start + end)
+    return TensorSpec(name, dtype, tuple(dims), file, data_start + start, data_start + end, stamp)
 
 
 def _check_ranges(
-    file: Path, specs: dict[str, TensorSpec], data_start: int, data_bytes: int
+    file: Path, specs: dict[str, TensorSpec], data_start: int, file_bytes: int
 ) -> None:
     """Demand that the byte ranges tile the data: no overlap, no hole, nothing past the end."""
     position, previous = data_start, "the header"
@@ -181,7 +189,6 @@ def _check_ranges(
                 f"byte {position}",
             )
         position, previous = spec.end, spec.name
-    file_bytes = data_start + data_bytes
     if position > file_bytes:
         raise CheckpointError(
             f"{file}: the file has {file_bytes} bytes, expected {position} (the end of "

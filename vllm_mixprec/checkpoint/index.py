@@ -2,7 +2,6 @@
 """Opens a checkpoint directory: config, shards, and the modules that their headers hold."""
 
 import gc
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vllm_mixprec.checkpoint.bounded_json import parse_json
+from vllm_mixprec.checkpoint.files import open_file
 from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig, recognise
 from vllm_mixprec.checkpoint.header import TensorSpec, read_header
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MAX_JSON_BYTES = 64 << 20
+"""Of config.json and of an index; the largest index known, of 92,000 tensors, has 9 MB."""
+
 HEADER_THREADS = 16
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 
@@ -83,10 +87,10 @@ def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | Non
         base_dir: the plan's folder; None for the working directory.
 
     Raises:
-        CheckpointError: there is no such directory, and no such model on the hub or, under
+        CheckpointError: it is no path, or there is no such directory, and no such model on the hub or, under
             ``HF_HUB_OFFLINE``, in the hub's cache.
     """
-    directory = Path(base_dir or ".") / Path(path_or_hub_id).expanduser()
+    directory = local_path(path_or_hub_id, base_dir)
     if directory.is_dir():
         return directory.resolve()
     if not _HUB_ID.fullmatch(path_or_hub_id):
@@ -112,6 +116,25 @@ def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | Non
         ) from error
 
 
+def local_path(path: str, base_dir: Path | None) -> Path:
+    """Return where a source would lie if its path is a directory's, whether one is there or not.
+
+    Raises:
+        CheckpointError: no file system has such a path.
+    """
+    try:
+        directory = Path(base_dir or ".") / Path(path).expanduser()
+        os.stat(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # too long, "~nobody", a null character
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path!r}: no path of a directory ({reason}). Correct the source's path."
+        ) from error
+    return directory
+
+
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """Pause the cyclic garbage collector: it would walk 100,000s of live specs many times."""
@@ -127,13 +150,22 @@ def collector_paused() -> Iterator[None]:
 def _read_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object."""
     try:
-        content = json.loads(file.read_bytes())
+        descriptor, stamp = open_file(file)
+        with open(descriptor, "rb") as stream:
+            if stamp.size_bytes > MAX_JSON_BYTES:
+                raise CheckpointError(
+                    f"{file}: {stamp.size_bytes} bytes, expected at most {MAX_JSON_BYTES}. "
+                    "Download the file again."
+                )
+            raw = stream.read(stamp.size_bytes)
     except OSError as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error.strerror or error}), expected a JSON file. "
             "Download the checkpoint again, or correct the source's path."
         ) from error
-    except (ValueError, RecursionError) as error:
+    try:
+        content = parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(
             f"{file}: not valid JSON ({error}). Download the file again."
         ) from error
@@ -148,7 +180,7 @@ def _open_indexed(path: Path) -> tuple[dict[str, TensorSpec], list[str]]:
     """Read the shards that the index names, and compare them with it."""
     index = path / INDEX_FILE
     expected = _tensors_by_shard(index)
-    present = [shard for shard in expected if (path / shard).exists()]
+    present = [shard for shard in expected if os.path.exists(path / shard)]
     if not present:
         raise CheckpointError(
             f"{index}: none of its {len(expected)} shards is in the directory, e.g. "

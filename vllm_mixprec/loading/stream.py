@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.errors import CheckpointError
 
@@ -42,30 +43,33 @@ def read_tensors(specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, torc
     short under our hands is an error and not a SIGBUS.
 
     Raises:
-        CheckpointError: a file vanished, or ended before a tensor did.
+        CheckpointError: a file vanished or was changed since its header was read, or while its
+            tensors are.
     """
     chunks = _chunk(sorted(specs, key=lambda spec: (str(spec.file), spec.start)))
     waiting: deque[tuple[int, Future[list[tuple[TensorSpec, torch.Tensor]]]]] = deque()
     ahead_bytes = 0
-    files: dict[Path, int] = {}
+    files: dict[Path, tuple[int, FileStamp | None]] = {}
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="mixprec-read")
     try:
         for chunk in chunks:
             file = chunk[0].file
             if file not in files:
-                files[file] = _open(file)
+                files[file] = _open(chunk[0])
             nbytes = chunk[-1].end - chunk[0].start
             while waiting and ahead_bytes + nbytes > _AHEAD_BYTES:
                 taken, future = waiting.popleft()
                 ahead_bytes -= taken
                 yield from future.result()
-            waiting.append((nbytes, pool.submit(_read_chunk, files[file], chunk)))
+            waiting.append((nbytes, pool.submit(_read_chunk, files[file][0], chunk)))
             ahead_bytes += nbytes
         while waiting:
             yield from waiting.popleft()[1].result()
+        for file, (descriptor, stamp) in files.items():
+            require_unchanged(file, descriptor, stamp)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        for descriptor in files.values():
+        for descriptor, _ in files.values():
             os.close(descriptor)
 
 
@@ -85,17 +89,11 @@ def _chunk(specs: list[TensorSpec]) -> Iterator[list[TensorSpec]]:
         yield chunk
 
 
-def _open(file: Path) -> int:
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be opened any more: {error.strerror}; its header was read a moment "
-            "ago. Do not move or replace checkpoints while a server starts"
-        ) from error
+def _open(spec: TensorSpec) -> tuple[int, FileStamp | None]:
+    descriptor = reopen(spec.file, spec.stamp)
     # The kernel's own read-ahead would fetch the neighbours that no rule routes here.
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-    return descriptor
+    return descriptor, spec.stamp
 
 
 def _read_chunk(descriptor: int, chunk: list[TensorSpec]) -> list[tuple[TensorSpec, torch.Tensor]]:

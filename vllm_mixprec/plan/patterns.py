@@ -6,24 +6,41 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vllm_mixprec.errors import PlanError
+from vllm_mixprec.expressions import Expression, compile_expression
 
 _TOKEN = re.compile(r"\*+|\{[^{}]*\}|[\w.\-/:]+|.", re.DOTALL)
 _RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 _BELOW = r"(?:\..+)?"
+_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """A compiled ``match``: call it with a module's name. It can be pickled."""
 
-    regex: re.Pattern[str]
+    expression: Expression
     may_name_weight: bool
 
     def __call__(self, name: str) -> bool:
-        """Whether the pattern matches a module, or for ``re:`` the module's weight."""
-        return self.regex.fullmatch(name) is not None or (
-            self.may_name_weight and self.regex.fullmatch(f"{name}.weight") is not None
+        """Whether the pattern matches a module, or for ``re:`` the module's weight.
+
+        Raises:
+            PlanError: as ``match`` does.
+        """
+        return self.match(name) is not None or (
+            self.may_name_weight and self.match(f"{name}.weight") is not None
         )
+
+    def match(self, name: str) -> re.Match[str] | None:
+        """Match a whole name.
+
+        Raises:
+            PlanError: the name is too long for a pattern with so many repeats.
+        """
+        try:
+            return self.expression.fullmatch(name)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
 
 
 def compile_pattern(match: str) -> Pattern:
@@ -40,19 +57,19 @@ def compile_pattern(match: str) -> Pattern:
             knows.
     """
     if match.startswith("re:"):
-        return _compile_regex(match)
+        return _compile(match.removeprefix("re:"), match, may_name_weight=True)
     pattern = match.removesuffix(".weight")
     if not pattern:
         raise PlanError(
             f'match is "{match}", expected a module name or a pattern. Write "**" to match all.'
         )
-    return Pattern(re.compile(_translate(pattern, match) + _BELOW), may_name_weight=False)
+    return _compile(_translate(pattern, match) + _BELOW, match, may_name_weight=False)
 
 
-def numbered_braces(match: str) -> Iterator[tuple[str, int, re.Pattern[str]]]:
-    """Yield (the brace, its largest number, an expression) of each brace that holds numbers.
+def numbered_braces(match: str) -> Iterator[tuple[str, int, Pattern]]:
+    """Yield (the brace, its largest number, a pattern) of each brace that holds numbers.
 
-    The expression is the pattern with that brace opened to any number, its group 1: it tells
+    The pattern is the given one with that brace opened to any number, its group 1: it tells
     how far the names go. ``re:`` patterns have none.
 
     Raises:
@@ -66,16 +83,18 @@ def numbered_braces(match: str) -> Iterator[tuple[str, int, re.Pattern[str]]]:
         if numbers:
             before, after = ("".join(part) for part in (tokens[:index], tokens[index + 1 :]))
             opened = f"{_translate(before, match)}(?<![0-9])([0-9]+){_translate(after, match)}"
-            yield token, max(map(int, numbers)), re.compile(opened + _BELOW)
+            yield token, max(map(int, numbers)), _compile(opened + _BELOW, match, False)
 
 
-def _compile_regex(match: str) -> Pattern:
+def _compile(expression: str, match: str, may_name_weight: bool) -> Pattern:
     try:
-        return Pattern(re.compile(match.removeprefix("re:")), may_name_weight=True)
-    except (re.error, OverflowError, RecursionError) as error:
+        return Pattern(compile_expression(expression), may_name_weight)
+    except ValueError as error:
+        shown = match if len(match) <= _SHOWN else f"{match[: _SHOWN - 3]}..."
+        shown = shown.encode("utf-8", "backslashreplace").decode()
         raise PlanError(
-            f'match "{match}": not a Python regular expression ({error}). Correct it, or write '
-            "a pattern without re:."
+            f'match "{shown}": cannot be a regular expression ({error}). Correct it, or write '
+            "several simpler rules."
         ) from error
 
 

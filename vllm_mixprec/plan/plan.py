@@ -26,6 +26,9 @@ _Location = tuple[Hashable, ...]
 _SHAPE = "version:, base:, sources: and rules:"
 
 
+# A path or a revision: no null character, no line break.
+_Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+
 # A name becomes a folder of a composed model.
 _SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
@@ -37,8 +40,8 @@ class _Schema(BaseModel):
 class Source(_Schema):
     """A checkpoint: a directory, or a Hugging Face hub id with an optional revision."""
 
-    path: str = Field(min_length=1)
-    revision: str | None = None
+    path: _Line
+    revision: _Line | None = None
 
 
 class Options(_Schema):
@@ -278,6 +281,8 @@ def _explain(error: Any, where: _Where) -> str:
             return f"{where(location)}: found {found}, expected {error['ctx']['expected']}."
         case "int_type" | "greater_than_equal" | "less_than_equal":
             return f"{where(location)}: found {found}, expected 1, the version that is read here."
+        case "string_pattern_mismatch":
+            return f"{where(location)}: found {found}, expected text in one line. Correct it."
         case "string_type":
             return f"{where(location)}: found {found}, expected a string. Quote it."
         case "model_type" | "model_attributes_type" | "dict_type" | "list_type":
@@ -311,6 +316,7 @@ def _choices(name: Hashable, names: Any) -> str:
 def _show(value: Any) -> str:
     """Quote a value for a message, cut to a readable length."""
     text = f'"{value}"' if isinstance(value, str) else repr(value)
+    text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair has no UTF-8
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -258,7 +258,7 @@ def _report_reach(plan: Plan, index: int, modules: Iterable[str], log: FindingLo
     for brace, largest, opened in numbered_braces(plan.rules[index].match):
         last, example = -1, ""
         for name in modules:
-            found = opened.fullmatch(name)
+            found = opened.match(name)
             if found is not None and int(found[1]) > last:
                 last, example = int(found[1]), name[: found.end(1)]
         if 0 <= last < largest:

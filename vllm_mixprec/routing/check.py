@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from vllm_mixprec.checkpoint.index import Checkpoint
-from vllm_mixprec.errors import CheckpointError, RouteError, UnsupportedError
+from vllm_mixprec.checkpoint.index import Checkpoint, local_path
+from vllm_mixprec.errors import CheckpointError, PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.agreement import compare_headers, report_split_selections
 from vllm_mixprec.routing.assign import used_sources
@@ -119,7 +118,11 @@ def check(
     step("comparing routers", len(sources))
     compare_routers(plan, checkpoints, log)
     step("routing modules", len(sources) + 1)
-    table = build_table(plan, checkpoints, layout, platform, log, dtype)
+    try:
+        table = build_table(plan, checkpoints, layout, platform, log, dtype)
+    except PlanError as error:  # a pattern that cannot be tried on the names there are
+        log.add("error", "plan-invalid", str(plan.path or "plan"), str(error))
+        return Report(log.findings(), (), None)
     bytes_per_rank = _bytes_per_rank(table, checkpoints[plan.base], log)
     step("done", steps)
     return Report(log.findings(), bytes_per_rank, None if log.has_errors else table)
@@ -141,15 +144,20 @@ def _report_unused(plan: Plan, log: FindingLog) -> None:
     """Warn of declared sources that no rule uses and that are not there either."""
     used = used_sources(plan)
     for name, source in plan.sources.items():
-        path = (plan.base_dir or Path()) / Path(source.path).expanduser()
         is_local = source.path.startswith(("/", ".", "~"))  # else it may be a hub id
-        if name not in used and is_local and not path.is_dir():
+        if name in used or not is_local:
+            continue
+        try:
+            path = local_path(source.path, plan.base_dir)
+            problem = "" if path.is_dir() else f"{path}: no such directory."
+        except CheckpointError as error:
+            problem = str(error)
+        if problem:
             log.add(
                 "warning",
                 "source-unreadable",
                 source_place(plan, name),
-                f"{path}: no such directory. No rule uses it: remove the source, or correct "
-                "its path.",
+                f"{problem} No rule uses it: remove the source, or correct its path.",
             )
 
 

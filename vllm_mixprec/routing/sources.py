@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_mixprec.checkpoint.formats import Module
+from vllm_mixprec.checkpoint.files import reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.index import Checkpoint
+from vllm_mixprec.errors import CheckpointError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.findings import FindingLog
 from vllm_mixprec.routing.fused import leaf_name
@@ -116,7 +118,13 @@ def compare_routers(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: Find
                     f"source {name!r} stores this router as {other.scheme.label}: it cannot be "
                     "compared with the base's. Check that both are the same model.",
                 )
-            elif not _same_values(module.tensors["weight"], other.tensors["weight"]):
+                continue
+            try:
+                same = _same_values(module.tensors["weight"], other.tensors["weight"])
+            except CheckpointError as error:
+                log.add("error", "source-unreadable", module.name, str(error))
+                continue
+            if not same:
                 log.add(
                     "error",
                     "router-mismatch",
@@ -147,9 +155,11 @@ def _same_values(one: TensorSpec, other: TensorSpec) -> bool:
 
 
 def _read_data(spec: TensorSpec) -> bytes:
-    with open(spec.file, "rb") as file:
+    with open(reopen(spec.file, spec.stamp), "rb") as file:
         file.seek(spec.start)
-        return file.read(spec.nbytes)
+        data = file.read(spec.nbytes)
+        require_unchanged(spec.file, file.fileno(), spec.stamp)
+        return data
 
 
 def _decode(dtype: str, data: bytes) -> array.array[float] | tuple[float, ...]:

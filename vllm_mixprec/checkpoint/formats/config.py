@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_mixprec.errors import CheckpointError
+from vllm_mixprec.expressions import Expression, compile_expression
 
-Pattern = re.Pattern[str]
 Settings = Mapping[str, Any]
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
@@ -58,10 +58,10 @@ class CompressedTensors:
     """
 
     by_name: Mapping[str, WeightArgs]
-    by_pattern: tuple[tuple[Pattern, WeightArgs], ...]
+    by_pattern: tuple[tuple[Expression, WeightArgs], ...]
     linear: WeightArgs | None
     ignored_names: frozenset[str]
-    ignored_patterns: tuple[Pattern, ...]
+    ignored_patterns: tuple[Expression, ...]
 
     def weights_of(self, name: str) -> WeightArgs | None:
         """Return the settings of a module, None when no group targets it.
@@ -72,14 +72,14 @@ class CompressedTensors:
         if args is not None:
             return args
         for pattern, args in self.by_pattern:
-            if pattern.match(name):
+            if _matches(pattern, name):
                 return args
         return self.linear
 
     def ignores(self, name: str) -> bool:
         """Whether ``ignore`` keeps a module unquantised."""
         return name in self.ignored_names or any(
-            pattern.match(name) for pattern in self.ignored_patterns
+            _matches(pattern, name) for pattern in self.ignored_patterns
         )
 
 
@@ -113,7 +113,7 @@ class QuantizationConfig:
     group_size: int | None = None
     symmetric: bool = True
     desc_act: bool = False
-    overrides: tuple[tuple[Pattern, Settings], ...] = ()
+    overrides: tuple[tuple[Expression, Settings], ...] = ()
     exact_overrides: Mapping[str, Settings] = field(default_factory=dict)
     shapes_tell_overrides: bool = True
     compressed: CompressedTensors | None = None
@@ -206,7 +206,7 @@ class QuantizationConfig:
         ):
             return {}
         for pattern, settings in self.overrides:
-            if pattern.match(name):
+            if _matches(pattern, name):
                 return settings
         return {}
 
@@ -232,8 +232,10 @@ _PACKINGS = {
 def bad_field(name: str, found: Any, expected: str) -> CheckpointError:
     """Make the error of a malformed setting; an empty name stands for all of the config."""
     key = f"quantization_config.{name}" if name else "quantization_config"
+    shown = repr(found)
+    shown = shown if len(shown) <= 300 else f"{shown[:297]}..."
     return CheckpointError(
-        f"config.json: {key} is {found!r}, expected {expected}. "
+        f"config.json: {key} is {shown}, expected {expected}. "
         "Correct the config, or download it again."
     )
 
@@ -271,14 +273,23 @@ def _parse_block(name: str, value: Any) -> tuple[int, int] | None:
     return value[0], value[1]
 
 
-def _compile(name: str, expression: str) -> Pattern:
+def _compile(name: str, expression: str) -> Expression:
     try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
+        return compile_expression(expression)
+    except ValueError as error:
         raise bad_field(name, expression, f"a regular expression ({error})") from error
 
 
-def _parse_dynamic(dynamic: Mapping[str, Settings]) -> tuple[tuple[Pattern, Settings], ...]:
+def _matches(pattern: Expression, name: str) -> bool:
+    try:
+        return pattern.match(name) is not None
+    except ValueError as error:
+        raise CheckpointError(
+            f"config.json: quantization_config: {error}, or choose another source."
+        ) from error
+
+
+def _parse_dynamic(dynamic: Mapping[str, Settings]) -> tuple[tuple[Expression, Settings], ...]:
     """Read GPTQModel's ``dynamic``: "+:REGEX" changes settings; "-:REGEX" excludes modules.
 
     The exclusions are not needed: that a module is not quantised shows in its tensors.
@@ -290,7 +301,7 @@ def _parse_dynamic(dynamic: Mapping[str, Settings]) -> tuple[tuple[Pattern, Sett
     )
 
 
-def _parse_extra_patterns(extra: Mapping[str, Settings]) -> list[tuple[Pattern, Settings]]:
+def _parse_extra_patterns(extra: Mapping[str, Settings]) -> list[tuple[Expression, Settings]]:
     """Read the keys of auto-round's ``extra_config`` that are searched for in a module's name."""
     return [
         (_compile("extra_config", f".*(?:{key})"), settings)

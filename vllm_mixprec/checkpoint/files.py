@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a checkpoint's files, and tells whether one is still the file whose header was read."""
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_mixprec.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """Tells one state of one file from another, without reading it.
+
+    A write within the clock tick of the file system (some milliseconds) can leave it as it was.
+    """
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+
+def open_file(file: Path) -> tuple[int, FileStamp]:
+    """Open a regular file, never waiting for one that is a pipe; returns (descriptor, stamp).
+
+    Raises:
+        OSError: it cannot be opened, or is a directory, pipe or device.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(file))
+        return descriptor, _stamp(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def reopen(file: Path, stamp: FileStamp | None) -> int:
+    """Open a file again for its data; returns the descriptor.
+
+    Raises:
+        CheckpointError: it is gone, or not as it was when ``stamp`` was taken.
+    """
+    try:
+        descriptor, _ = open_file(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be opened any more: {error.strerror}; its header was read a moment "
+            "ago. Do not move or replace checkpoints while a server starts"
+        ) from error
+    try:
+        require_unchanged(file, descriptor, stamp)
+        return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def require_unchanged(file: Path, descriptor: int, stamp: FileStamp | None) -> None:
+    """Make sure that an open file is as it was when its header was read.
+
+    Raises:
+        CheckpointError: it was replaced, written to or cut short since.
+    """
+    found = _stamp(descriptor)
+    if stamp is None or found == stamp:
+        return
+    if found.size_bytes < stamp.size_bytes:
+        what = f"was cut short to {found.size_bytes} bytes, expected {stamp.size_bytes},"
+    elif (found.device, found.inode) != (stamp.device, stamp.inode):
+        what = "was replaced by another file"
+    else:
+        what = "was written to"
+    raise CheckpointError(
+        f"{file}: {what} after its header was read, so its tensors may be another model's. Leave "
+        "checkpoints alone while they are loaded, and start again"
+    )
+
+
+def _stamp(descriptor: int) -> FileStamp:
+    found = os.fstat(descriptor)
+    return FileStamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
