@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from vllm_mixprec.errors import CheckpointError
 
@@ -41,8 +41,10 @@ DTYPE_BITS = {
 """Bits of one element by safetensors dtype (safetensors/src/tensor.rs, ``Dtype``)."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+_Kind = tuple[str, tuple[int, ...]]  # dtype and shape
+
+
+class TensorSpec(NamedTuple):
     """Where one stored tensor lies.
 
     ``name`` is spelt as in the file, ``dtype`` as in safetensors (``BF16``, ``F8_E4M3``, ``I32``).
@@ -63,11 +65,23 @@ class TensorSpec:
         return self.end - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class RawHeader:
+    """A header as it lies in its file, not parsed yet.
+
+    Attributes:
+        text: its JSON.
+        file_bytes: size of the whole file.
+        mtime_ns: when the file was last written; None where it cannot change, as on the hub.
+    """
+
+    text: bytes
+    file_bytes: int
+    mtime_ns: int | None
+
+
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorSpec]:
     """Read the tensor specs of one safetensors file, none of its data.
-
-    Format: https://github.com/huggingface/safetensors#format. The byte ranges must cover the
-    file's data without a hole or an overlap, as the safetensors library demands.
 
     Returns:
         Tensor name -> spec, in the order of the header.
@@ -76,45 +90,78 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorSpec]:
         CheckpointError: the file cannot be read, is cut short, or its header is malformed.
     """
     file = Path(path)
-    entries, data_start, data_bytes = _read_json(file)
-    specs: dict[str, TensorSpec] = {}
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            specs[name] = _parse_entry(file, name, entry, data_start)
-    _check_ranges(file, specs, data_start, data_bytes)
-    return specs
+    return parse_header(file, read_raw(file))
 
 
-def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the parsed header, the offset where the data begins, and the bytes of data."""
+def read_raw(file: Path) -> RawHeader:
+    """Read one file's header and nothing else.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is too short for its header.
+    """
     try:
         with open(file, "rb") as stream:
-            file_bytes = os.fstat(stream.fileno()).st_size
-            if file_bytes < 8:
-                raise CheckpointError(
-                    f"{file}: {file_bytes} bytes, expected at least the 8 of a header length. "
-                    "The file is cut short: download it again."
-                )
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            if header_bytes > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{file}: header length is {header_bytes} bytes, expected at most "
-                    f"{MAX_HEADER_BYTES}. This is not a safetensors file, or its first bytes are "
-                    "damaged: download it again."
-                )
-            if 8 + header_bytes > file_bytes:
-                raise CheckpointError(
-                    f"{file}: the header ends at byte {8 + header_bytes}, but the file has "
-                    f"{file_bytes} bytes. The file is cut short: download it again."
-                )
-            raw = stream.read(header_bytes)
+            state = os.fstat(stream.fileno())
+            header_bytes = header_length(file, stream.read(8), state.st_size)
+            text = stream.read(header_bytes)
     except OSError as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error.strerror or error}). "
             "Check that the file exists and its permissions."
         ) from error
+    return RawHeader(text, state.st_size, state.st_mtime_ns)
+
+
+def header_length(file: Path, first: bytes, file_bytes: int) -> int:
+    """Return how many bytes of JSON follow the ``first`` eight of a file.
+
+    Raises:
+        CheckpointError: there are not as many in the file, or more than a header may have.
+    """
+    if file_bytes < 8:
+        raise CheckpointError(
+            f"{file}: {file_bytes} bytes, expected at least the 8 of a header length. "
+            "The file is cut short: download it again."
+        )
+    header_bytes = int.from_bytes(first[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file}: header length is {header_bytes} bytes, expected at most "
+            f"{MAX_HEADER_BYTES}. This is not a safetensors file, or its first bytes are "
+            "damaged: download it again."
+        )
+    if 8 + header_bytes > file_bytes:
+        raise CheckpointError(
+            f"{file}: the header ends at byte {8 + header_bytes}, but the file has "
+            f"{file_bytes} bytes. The file is cut short: download it again."
+        )
+    return header_bytes
+
+
+def parse_header(file: Path, raw: RawHeader) -> dict[str, TensorSpec]:
+    """Turn a header into the specs of ``file``'s tensors.
+
+    Format: https://github.com/huggingface/safetensors#format. The byte ranges must cover the
+    file's data without a hole or an overlap, as the safetensors library demands.
+
+    Raises:
+        CheckpointError: the header is malformed, or contradicts the file's size.
+    """
+    data_start = 8 + len(raw.text)
+    specs: dict[str, TensorSpec] = {}
+    shapes: dict[_Kind, tuple[_Kind, float]] = {}
+    for name, entry in _parse_json(file, raw.text).items():
+        if name != "__metadata__":
+            specs[name] = _parse_entry(file, name, entry, data_start, shapes)
+    _check_ranges(file, specs, data_start, raw.file_bytes)
+    return specs
+
+
+def _parse_json(file: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        header = json.loads(text.decode("utf-8"))
+        if not _has_every_key(header, text):
+            header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: the header is not valid JSON ({error}), expected one object of tensors. "
@@ -125,7 +172,18 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
             f"{file}: the header is a JSON {type(header).__name__}, expected an object of "
             "tensors. Download the file again."
         )
-    return header, 8 + header_bytes, file_bytes - 8 - header_bytes
+    return header
+
+
+def _has_every_key(header: Any, text: bytes) -> bool:
+    """Whether there are as many keys, one level deep, as colons, so that none occurred twice.
+
+    Counting is a third of the price of a hook for each object. Colons in names, and whatever is no
+    object of objects, make it False, and the hook decide.
+    """
+    if not isinstance(header, dict) or not all(type(entry) is dict for entry in header.values()):
+        return False
+    return len(header) + sum(map(len, header.values())) == text.count(b":")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,12 +198,36 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorSpec:
-    """Turn one header entry into a spec; the ranges of the tensors are compared later."""
+def _parse_entry(
+    file: Path, name: str, entry: Any, data_start: int, known: dict[_Kind, tuple[_Kind, float]]
+) -> TensorSpec:
+    """Turn one header entry into a spec; the ranges of the tensors are compared later.
+
+    ``known`` are the dtypes and shapes that this file had before: itself, and the bytes it takes.
+    """
     try:
         dtype, dims, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         _refuse(file, name, f"entry is {entry!r}", "dtype, shape and two data_offsets")
+    try:
+        kind, nbytes = known[dtype, tuple(dims)]
+    except (KeyError, TypeError):
+        kind, nbytes = _parse_kind(file, name, dtype, dims)
+        known[kind] = kind, nbytes
+    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
+        _refuse(file, name, f"data_offsets are [{start!r}, {end!r}]", "0 <= start <= end")
+    if nbytes != end - start:
+        _refuse(
+            file,
+            name,
+            f"data_offsets span {end - start} bytes",
+            f"{nbytes:g} for {dtype} of shape {dims}",
+        )
+    return TensorSpec(name, kind[0], kind[1], file, data_start + start, data_start + end)
+
+
+def _parse_kind(file: Path, name: str, dtype: Any, dims: Any) -> tuple[_Kind, float]:
+    """Return dtype and shape, and the bytes that they take."""
     bits = DTYPE_BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
         _refuse(file, name, f"dtype is {dtype!r}", f"one of {' '.join(DTYPE_BITS)}")
@@ -154,20 +236,11 @@ def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorSp
     for dim in dims:
         if type(dim) is not int or dim < 0:
             _refuse(file, name, f"shape is {dims!r}", "a list of non-negative integers")
-    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
-        _refuse(file, name, f"data_offsets are [{start!r}, {end!r}]", "0 <= start <= end")
-    if prod(dims) * bits != (end - start) * 8:
-        _refuse(
-            file,
-            name,
-            f"data_offsets span {end - start} bytes",
-            f"{prod(dims) * bits / 8:g} for {dtype} of shape {dims}",
-        )
-    return TensorSpec(name, dtype, tuple(dims), file, data_start + start, data_start + end)
+    return (dtype, tuple(dims)), prod(dims) * bits / 8
 
 
 def _check_ranges(
-    file: Path, specs: dict[str, TensorSpec], data_start: int, data_bytes: int
+    file: Path, specs: dict[str, TensorSpec], data_start: int, file_bytes: int
 ) -> None:
     """Demand that the byte ranges tile the data: no overlap, no hole, nothing past the end."""
     position, previous = data_start, "the header"
@@ -181,7 +254,6 @@ def _check_ranges(
                 f"byte {position}",
             )
         position, previous = spec.end, spec.name
-    file_bytes = data_start + data_bytes
     if position > file_bytes:
         raise CheckpointError(
             f"{file}: the file has {file_bytes} bytes, expected {position} (the end of "
