@@ -37,6 +37,7 @@ def test_composed_directory_holds_config_plan_tokenizer_and_links(tmp_path: Path
         "tokenizer.json",
         "tokenizer_config.json",
         "sources/bf16/config.json",
+        "sources/bf16/mixprec_headers",
         "sources/bf16/model.safetensors.index.json",
         "sources/bf16/generation_config.json",
         "sources/bf16/tokenizer.json",
@@ -45,8 +46,10 @@ def test_composed_directory_holds_config_plan_tokenizer_and_links(tmp_path: Path
         "sources/bf16/model-00002-of-00003.safetensors",
         "sources/bf16/model-00003-of-00003.safetensors",
         "sources/fp8/config.json",
+        "sources/fp8/mixprec_headers",
         "sources/fp8/model.safetensors",
         "sources/gptq/config.json",
+        "sources/gptq/mixprec_headers",
         "sources/gptq/model.safetensors",
     }
     assert [file.name for file in tmp_path.iterdir()] == ["mixed"]

@@ -11,12 +11,13 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_mixprec.checkpoint.hub import fetch
 from vllm_mixprec.checkpoint.index import INDEX_FILE, Checkpoint
+from vllm_mixprec.checkpoint.shards import Shards, keep_headers
 from vllm_mixprec.errors import MixPrecError, RouteError
 from vllm_mixprec.plan.plan import Plan
-from vllm_mixprec.routing.assign import used_sources
-from vllm_mixprec.routing.check import Report, check
-from vllm_mixprec.routing.table import RouteTable, open_source
+from vllm_mixprec.routing.check import Report, examine
+from vllm_mixprec.routing.table import RouteTable
 
 __all__ = ["PLAN_FILE", "QUANT_METHOD", "SOURCES_FOLDER", "ComposeRefused", "compose"]
 
@@ -63,9 +64,10 @@ def compose(plan: Plan, out: str | os.PathLike[str], force: bool = False) -> Rep
         out/config.json            the base's, with our quantization_config
         out/mixprec_plan.yaml      the plan, its sources those below
         out/tokenizer.json ...     copied from the base
-        out/sources/NAME/          config.json, the index, links to the shards in use
+        out/sources/NAME/          config.json, the index, headers, links to the shards in use
 
-    Of the base every shard is in use: its headers name the modules and give their shapes.
+    Of a base in a directory every shard is linked. Of one on the hub the shards that no tensor
+    comes from are not downloaded, and their headers, which name the modules, stand for them.
     The directory is built beside ``out`` and swapped in when it is complete.
 
     Args:
@@ -80,12 +82,12 @@ def compose(plan: Plan, out: str | os.PathLike[str], force: bool = False) -> Rep
     """
     target = Path(os.path.abspath(out))
     _require_replaceable(target, force)
-    report = check(plan)
+    report, checkpoints = examine(plan)
     if report.table is None:
         raise ComposeRefused(_summarise(report), report)
-    checkpoints = {name: open_source(plan, name) for name in used_sources(plan)}
     shards = _shards_in_use(report.table, checkpoints)
     _require_outside(target, shards)
+    fetch(file for files in report.table.shards_by_source().values() for file in files)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".tmp", dir=target.parent))
@@ -126,12 +128,10 @@ def _shards_in_use(
     table: RouteTable, checkpoints: Mapping[str, Checkpoint]
 ) -> dict[str, tuple[Path, ...]]:
     """Return source -> shard files, in the source's directory, sorted."""
-    used: dict[str, set[Path]] = {name: set() for name in checkpoints}
-    for route in table.routes.values():
-        used[route.source].update(spec.file for spec in route.tensors.values())
+    used = table.shards_by_source()
     base = checkpoints[table.plan.base]
-    used[base.name].update(spec.file for spec in base.tensors.values())
-    return {name: tuple(sorted(files)) for name, files in used.items() if files}
+    used[base.name] = tuple(sorted({spec.file for spec in base.tensors.values()}))
+    return {name: used[name] for name in checkpoints if name in used}
 
 
 def _require_outside(target: Path, shards: Mapping[str, tuple[Path, ...]]) -> None:
@@ -169,7 +169,10 @@ def _write_source(folder: Path, checkpoint: Checkpoint, files: tuple[Path, ...])
     for name, file in names.items():
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file.resolve())
+        if file.exists():
+            link.symlink_to(file.resolve())
+    headers = Shards(checkpoint.path).headers(list(names))
+    keep_headers(folder, dict(zip(names, headers, strict=True)))
     index_file = checkpoint.path / INDEX_FILE
     if index_file.is_file():
         index = json.loads(index_file.read_bytes())

@@ -14,6 +14,14 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4}
 _BLOCK = 128
 
+GPTQ: dict[str, Any] = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": 128,
+    "sym": True,
+    "desc_act": False,
+}
+
 # zai-org/GLM-5, whose sizes are the defaults of transformers' GlmMoeDsaConfig.
 GLM_5: dict[str, Any] = {
     "architectures": ["GlmMoeDsaForCausalLM"],
@@ -52,7 +60,43 @@ GLM_5: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# The same model with everything that can be small made small.
+# deepseek-ai/DeepSeek-V3's config.json, less what decides neither names nor shapes.
+DEEPSEEK_V3: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "hidden_act": "silu",
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "tie_word_embeddings": False,
+}
+
+# GLM-5 with everything that can be small made small.
 TINY_GLM = GLM_5 | {
     "vocab_size": 256,
     "hidden_size": 256,
@@ -75,7 +119,7 @@ TINY_GLM = GLM_5 | {
 
 
 def glm_header(config: Mapping[str, Any], fp8: bool = False) -> Header:
-    """Return the tensors of a GLM-5 or DeepSeek-V3.2 checkpoint, spelled as Z.ai's are.
+    """Return the tensors of a GLM-5, DeepSeek-V3 or V3.2 checkpoint, spelled as theirs are.
 
     With ``fp8`` the linears have a ``weight_scale_inv`` for each 128 x 128 block, but those that
     Z.ai's FP8 export leaves alone: embeddings, head, router, ``weights_proj``, ``eh_proj``.
@@ -153,6 +197,25 @@ def _add_linear(header: Header, name: str, shape: tuple[int, int], fp8: bool) ->
         header[f"{name}.weight_scale_inv"] = ("F32", blocks)
 
 
+def gptq_experts(header: Header) -> Header:
+    """Return a BF16 header with its routed experts in GPTQ int4, groups of ``GPTQ``'s size."""
+    packed: Header = {}
+    group = GPTQ["group_size"]
+    for name, (dtype, shape) in header.items():
+        module, _, suffix = name.rpartition(".")
+        if ".mlp.experts." not in name or suffix != "weight":
+            packed[name] = (dtype, shape)
+            continue
+        rows, columns = shape
+        packed |= {
+            f"{module}.qweight": ("I32", (columns // 8, rows)),
+            f"{module}.qzeros": ("I32", (columns // group, rows // 8)),
+            f"{module}.scales": ("F16", (columns // group, rows)),
+            f"{module}.g_idx": ("I32", (columns,)),
+        }
+    return packed
+
+
 def write_checkpoint(
     folder: Path, config: Mapping[str, Any], header: Header, shards: int = 1
 ) -> Path:
@@ -164,6 +227,8 @@ def write_checkpoint(
     if any(dtype == "F8_E4M3" for dtype, _ in header.values()):
         block = {"quant_method": "fp8", "weight_block_size": [_BLOCK, _BLOCK]}
         config = {**config, "quantization_config": block}
+    if any(name.endswith(".qweight") for name in header):
+        config = {**config, "quantization_config": GPTQ}
     (folder / "config.json").write_text(json.dumps(config))
     names = list(header)
     size = -(-len(names) // shards)

@@ -81,6 +81,14 @@ def require_unchanged(file: Path, descriptor: int, stamp: FileStamp | None) -> N
     )
 
 
-def _stamp(descriptor: int) -> FileStamp:
-    found = os.fstat(descriptor)
+def stamp_of(file: Path) -> FileStamp | None:
+    """Return the stamp of the file that a path leads to, None where there is none."""
+    try:
+        return _stamp(file)
+    except OSError:
+        return None
+
+
+def _stamp(file: int | Path) -> FileStamp:
+    found = os.stat(file)
     return FileStamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)

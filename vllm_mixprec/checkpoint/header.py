@@ -2,10 +2,10 @@
 """Reads the header of one safetensors file: names, dtypes, shapes and byte ranges, no data."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from vllm_mixprec.checkpoint.bounded_json import parse_json
 from vllm_mixprec.checkpoint.files import FileStamp, open_file
@@ -40,18 +40,21 @@ DTYPE_BITS = {
 }
 """Bits of one element by safetensors dtype (safetensors/src/tensor.rs, ``Dtype``)."""
 
+
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _LARGEST = 2**64 - 1  # of a size or an offset, as the safetensors library counts them
 
+_Kind = tuple[str, tuple[int, ...]]  # dtype and shape
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+
+class TensorSpec(NamedTuple):
     """Where one stored tensor lies.
 
     ``name`` is spelt as in the file, ``dtype`` as in safetensors (``BF16``, ``F8_E4M3``, ``I32``).
     ``shape`` counts elements of the stored dtype, so packed int4 counts int32 words, not weights.
     ``start`` and ``end`` (exclusive) are byte offsets from the beginning of ``file``. ``stamp`` is
-    of the file whose header this was: data may only be read from a file that still has it.
+    of the file whose header this was: data may only be read from a file that still has it; None
+    for a file that is not here yet.
     """
 
     name: str
@@ -60,7 +63,7 @@ class TensorSpec:
     file: Path
     start: int
     end: int
-    stamp: FileStamp | None = field(default=None, compare=False, repr=False)
+    stamp: FileStamp | None = None
 
     @property
     def nbytes(self) -> int:
@@ -68,11 +71,25 @@ class TensorSpec:
         return self.end - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class RawHeader:
+    """A header as it lies in its file, not parsed yet.
+
+    Attributes:
+        text: its JSON.
+        file_bytes: size of the whole file.
+        mtime_ns: when the file was last written; None where it cannot change, as on the hub.
+        stamp: of the file that it stands for; None where that is not here.
+    """
+
+    text: bytes
+    file_bytes: int
+    mtime_ns: int | None
+    stamp: FileStamp | None = None
+
+
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorSpec]:
     """Read the tensor specs of one safetensors file, none of its data.
-
-    Format: https://github.com/huggingface/safetensors#format. The byte ranges must cover the
-    file's data without a hole or an overlap, as the safetensors library demands.
 
     Returns:
         Tensor name -> spec, in the order of the header.
@@ -81,46 +98,77 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorSpec]:
         CheckpointError: the file cannot be read, is cut short, or its header is malformed.
     """
     file = Path(path)
-    entries, data_start, stamp = _read_json(file)
-    _check_metadata(file, entries.pop("__metadata__", {}))
-    specs = {
-        name: _parse_entry(file, name, entry, data_start, stamp) for name, entry in entries.items()
-    }
-    _check_ranges(file, specs, data_start, stamp.size_bytes)
-    return specs
+    return parse_header(file, read_raw(file))
 
 
-def _read_json(file: Path) -> tuple[dict[str, Any], int, FileStamp]:
-    """Return the parsed header, the offset where the data begins, and the file's stamp."""
+def read_raw(file: Path) -> RawHeader:
+    """Read one file's header and nothing else.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is too short for its header.
+    """
     try:
         descriptor, stamp = open_file(file)
         with open(descriptor, "rb") as stream:
-            file_bytes = stamp.size_bytes
-            if file_bytes < 8:
-                raise CheckpointError(
-                    f"{file}: {file_bytes} bytes, expected at least the 8 of a header length. "
-                    "The file is cut short: download it again."
-                )
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            if header_bytes > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{file}: header length is {header_bytes} bytes, expected at most "
-                    f"{MAX_HEADER_BYTES}. This is not a safetensors file, or its first bytes are "
-                    "damaged: download it again."
-                )
-            if 8 + header_bytes > file_bytes:
-                raise CheckpointError(
-                    f"{file}: the header ends at byte {8 + header_bytes}, but the file has "
-                    f"{file_bytes} bytes. The file is cut short: download it again."
-                )
-            raw = stream.read(header_bytes)
+            header_bytes = header_length(file, stream.read(8), stamp.size_bytes)
+            text = stream.read(header_bytes)
     except OSError as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error.strerror or error}). "
             "Check that the file exists and its permissions."
         ) from error
+    return RawHeader(text, stamp.size_bytes, stamp.modified_ns, stamp)
+
+
+def header_length(file: Path, first: bytes, file_bytes: int) -> int:
+    """Return how many bytes of JSON follow the ``first`` eight of a file.
+
+    Raises:
+        CheckpointError: there are not as many in the file, or more than a header may have.
+    """
+    if file_bytes < 8:
+        raise CheckpointError(
+            f"{file}: {file_bytes} bytes, expected at least the 8 of a header length. "
+            "The file is cut short: download it again."
+        )
+    header_bytes = int.from_bytes(first[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file}: header length is {header_bytes} bytes, expected at most "
+            f"{MAX_HEADER_BYTES}. This is not a safetensors file, or its first bytes are "
+            "damaged: download it again."
+        )
+    if 8 + header_bytes > file_bytes:
+        raise CheckpointError(
+            f"{file}: the header ends at byte {8 + header_bytes}, but the file has "
+            f"{file_bytes} bytes. The file is cut short: download it again."
+        )
+    return header_bytes
+
+
+def parse_header(file: Path, raw: RawHeader) -> dict[str, TensorSpec]:
+    """Turn a header into the specs of ``file``'s tensors.
+
+    Format: https://github.com/huggingface/safetensors#format. The byte ranges must cover the
+    file's data without a hole or an overlap, as the safetensors library demands.
+
+    Raises:
+        CheckpointError: the header is malformed, or contradicts the file's size.
+    """
+    data_start = 8 + len(raw.text)
+    specs: dict[str, TensorSpec] = {}
+    shapes: dict[_Kind, tuple[_Kind, float]] = {}
+    entries = _parse_json(file, raw.text)
+    _check_metadata(file, entries.pop("__metadata__", {}))
+    for name, entry in entries.items():
+        specs[name] = _parse_entry(file, name, entry, data_start, raw.stamp, shapes)
+    _check_ranges(file, specs, data_start, raw.file_bytes)
+    return specs
+
+
+def _parse_json(file: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = parse_json(raw)
+        header = parse_json(text)
     except ValueError as error:
         raise CheckpointError(
             f"{file}: the header is not valid JSON ({error}), expected one object of tensors. "
@@ -131,7 +179,7 @@ def _read_json(file: Path) -> tuple[dict[str, Any], int, FileStamp]:
             f"{file}: the header is a JSON {type(header).__name__}, expected an object of "
             "tensors. Download the file again."
         )
-    return header, 8 + header_bytes, stamp
+    return header
 
 
 def _check_metadata(file: Path, metadata: Any) -> None:
@@ -140,9 +188,17 @@ def _check_metadata(file: Path, metadata: Any) -> None:
 
 
 def _parse_entry(
-    file: Path, name: str, entry: Any, data_start: int, stamp: FileStamp
+    file: Path,
+    name: str,
+    entry: Any,
+    data_start: int,
+    stamp: FileStamp | None,
+    known: dict[_Kind, tuple[_Kind, float]],
 ) -> TensorSpec:
-    """Turn one header entry into a spec; the ranges of the tensors are compared later."""
+    """Turn one header entry into a spec; the ranges of the tensors are compared later.
+
+    ``known`` are the dtypes and shapes that this file had before: itself, and the bytes it takes.
+    """
     try:
         dtype, dims, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -150,6 +206,25 @@ def _parse_entry(
     if len(entry) != len(_ENTRY_KEYS):
         extra = sorted(entry.keys() - _ENTRY_KEYS)
         _refuse(file, name, f"entry has {extra!r} too", "dtype, shape and two data_offsets alone")
+    try:
+        kind, nbytes = known[dtype, tuple(dims)]
+    except (KeyError, TypeError):
+        kind, nbytes = _parse_kind(file, name, dtype, dims)
+        known[kind] = kind, nbytes
+    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
+        _refuse(file, name, f"data_offsets are [{start!r}, {end!r}]", "0 <= start <= end")
+    if nbytes != end - start:
+        _refuse(
+            file,
+            name,
+            f"data_offsets span {end - start} bytes",
+            f"{nbytes:g} for {dtype} of shape {dims}",
+        )
+    return TensorSpec(name, kind[0], kind[1], file, data_start + start, data_start + end, stamp)
+
+
+def _parse_kind(file: Path, name: str, dtype: Any, dims: Any) -> tuple[_Kind, float]:
+    """Return dtype and shape, and the bytes that they take."""
     bits = DTYPE_BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
         _refuse(file, name, f"dtype is {dtype!r}", f"one of {' '.join(DTYPE_BITS)}")
@@ -162,16 +237,7 @@ def _parse_entry(
         elements *= dim
         if max(dim, elements * bits) > _LARGEST:
             _refuse(file, name, f"shape is {dims!r}", f"at most {_LARGEST} bits")
-    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
-        _refuse(file, name, f"data_offsets are [{start!r}, {end!r}]", "0 <= start <= end")
-    if elements * bits != (end - start) * 8:
-        _refuse(
-            file,
-            name,
-            f"data_offsets span {end - start} bytes",
-            f"{elements * bits / 8:g} for {dtype} of shape {dims}",
-        )
-    return TensorSpec(name, dtype, tuple(dims), file, data_start + start, data_start + end, stamp)
+    return (dtype, tuple(dims)), elements * bits / 8
 
 
 def _check_ranges(

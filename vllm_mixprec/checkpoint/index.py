@@ -5,7 +5,6 @@ import gc
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,16 +13,14 @@ from typing import Any
 from vllm_mixprec.checkpoint.bounded_json import parse_json
 from vllm_mixprec.checkpoint.files import open_file
 from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig, recognise
-from vllm_mixprec.checkpoint.header import TensorSpec, read_header
+from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.shards import Shards
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_JSON_BYTES = 64 << 20
 """Of config.json and of an index; the largest index known, of 92,000 tensors, has 9 MB."""
-
-HEADER_THREADS = 16
-DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -54,6 +51,9 @@ class Checkpoint:
 def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
     """Read the headers of a checkpoint directory; no tensor data is read.
 
+    Headers that are kept in one file (``checkpoint.shards``) stand for shards that have not changed
+    since, and for shards on the hub that are not here.
+
     With ``model.safetensors.index.json`` the shards are exactly those that it names, else
     ``model.safetensors`` alone, else every ``*.safetensors``.
 
@@ -70,16 +70,20 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
         )
     config = _read_object(path / "config.json")
     with collector_paused():
+        shards = Shards(path)
         if (path / INDEX_FILE).exists():
-            tensors, problems = _open_indexed(path)
+            tensors, problems = _open_indexed(path, shards)
         else:
-            tensors, problems = _open_unindexed(path), []
+            tensors, problems = _open_unindexed(path, shards), []
         modules = _group_modules(path, tensors, config)
     return Checkpoint(name, path, config, tensors, modules, tuple(problems))
 
 
 def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | None) -> Path:
-    """Return the directory of a source, downloading it when it is a Hugging Face hub id.
+    """Return the directory of a source; of a Hugging Face hub id the one in the hub's cache.
+
+    Of a model on the hub all but its shards are downloaded; of those only the headers, which are
+    kept beside the rest. ``hub.fetch`` brings the shards that a plan turns out to use.
 
     Args:
         path_or_hub_id: a directory, absolute or relative to ``base_dir``; else ``owner/model``.
@@ -87,8 +91,8 @@ def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | Non
         base_dir: the plan's folder; None for the working directory.
 
     Raises:
-        CheckpointError: it is no path, or there is no such directory, and no such model on the hub or, under
-            ``HF_HUB_OFFLINE``, in the hub's cache.
+        CheckpointError: it is no path, or there is no such directory, and no such model on the hub
+            or, under ``HF_HUB_OFFLINE``, in the hub's cache.
     """
     directory = local_path(path_or_hub_id, base_dir)
     if directory.is_dir():
@@ -98,22 +102,9 @@ def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | Non
             f"{directory}: no such directory, and {path_or_hub_id!r} is not a hub id "
             "(owner/model). Correct the source's path."
         )
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from vllm_mixprec.checkpoint.hub import open_snapshot  # it imports this module
 
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                path_or_hub_id, revision=revision, allow_patterns=DOWNLOADED_FILES
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path_or_hub_id}: no directory {directory}, and the Hugging Face hub does not give "
-            f"it (revision {revision or 'main'}: {reason}). Correct the path, or download the "
-            "model first."
-        ) from error
+    return open_snapshot(path_or_hub_id, revision, directory)
 
 
 def local_path(path: str, base_dir: Path | None) -> Path:
@@ -144,6 +135,9 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():  # what somebody froze is to stay so
+                gc.freeze()  # all that lives becomes old, so that enabling does not walk it
+                gc.unfreeze()
             gc.enable()
 
 
@@ -176,11 +170,11 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _open_indexed(path: Path) -> tuple[dict[str, TensorSpec], list[str]]:
+def _open_indexed(path: Path, shards: Shards) -> tuple[dict[str, TensorSpec], list[str]]:
     """Read the shards that the index names, and compare them with it."""
     index = path / INDEX_FILE
-    expected = _tensors_by_shard(index)
-    present = [shard for shard in expected if os.path.exists(path / shard)]
+    expected = tensors_by_shard(index)
+    present = [shard for shard in expected if shards.has(shard)]
     if not present:
         raise CheckpointError(
             f"{index}: none of its {len(expected)} shards is in the directory, e.g. "
@@ -190,16 +184,16 @@ def _open_indexed(path: Path) -> tuple[dict[str, TensorSpec], list[str]]:
         f"{path / shard}: missing, though {INDEX_FILE} keeps {len(names)} tensors there, e.g. "
         f"{names[0]}. Download the shard."
         for shard, names in expected.items()
-        if shard not in present
+        if not shards.has(shard)
     ]
     problems += [
         f"{path / shard}: {INDEX_FILE} does not name this shard, it is not read. "
         "Remove the file, or download the index again."
-        for shard in sorted(file.name for file in path.glob("*.safetensors"))
+        for shard in shards.names()
         if shard not in expected
     ]
     tensors: dict[str, TensorSpec] = {}
-    for shard, found in zip(present, _read_headers(path, present), strict=True):
+    for shard, found in zip(present, shards.read(present), strict=True):
         named = expected[shard]
         absent = [name for name in named if name not in found]
         if absent:
@@ -218,7 +212,7 @@ def _open_indexed(path: Path) -> tuple[dict[str, TensorSpec], list[str]]:
     return tensors, problems
 
 
-def _tensors_by_shard(index: Path) -> dict[str, list[str]]:
+def tensors_by_shard(index: Path) -> dict[str, list[str]]:
     """Read an index: shard file name, sorted -> names of its tensors."""
     weight_map = _read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -246,9 +240,9 @@ def _stays_inside(shard: str) -> bool:
     return shard.endswith(".safetensors") and parts[0] != "/" and ".." not in parts
 
 
-def _open_unindexed(path: Path) -> dict[str, TensorSpec]:
+def _open_unindexed(path: Path, found_shards: Shards) -> dict[str, TensorSpec]:
     """Read the only shard, or all shards of a directory that has no index."""
-    shards = sorted(file.name for file in path.glob("*.safetensors"))
+    shards = found_shards.names()
     if SINGLE_FILE in shards:
         shards = [SINGLE_FILE]
     if not shards:
@@ -262,7 +256,7 @@ def _open_unindexed(path: Path) -> dict[str, TensorSpec]:
             "or correct the source's path."
         )
     tensors: dict[str, TensorSpec] = {}
-    for found in _read_headers(path, shards):
+    for found in found_shards.read(shards):
         twice = tensors.keys() & found.keys()
         if twice:
             example = min(twice)
@@ -273,15 +267,6 @@ def _open_unindexed(path: Path) -> dict[str, TensorSpec]:
             )
         tensors.update(found)
     return tensors
-
-
-def _read_headers(path: Path, shards: list[str]) -> list[dict[str, TensorSpec]]:
-    files = [path / shard for shard in shards]
-    if len(files) == 1:
-        return [read_header(files[0])]
-    threads = min(HEADER_THREADS, len(files), 4 * (os.cpu_count() or 1))
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(read_header, files))
 
 
 def _group_modules(

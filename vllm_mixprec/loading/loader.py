@@ -15,9 +15,12 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
+from vllm_mixprec.checkpoint import TensorSpec
+from vllm_mixprec.checkpoint.hub import fetch
 from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
+from vllm_mixprec.loading.rows import rank_rows
 from vllm_mixprec.loading.stream import read_tensors
 from vllm_mixprec.models import PREPARE
 from vllm_mixprec.patches import apply_patches
@@ -35,7 +38,7 @@ class MixPrecLoader(BaseModelLoader):
     """Loads the modules that the plan routes and this rank holds, each from its own source."""
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Nothing: resolving the plan has brought what it names."""
+        """Nothing: each rank downloads the shards that it reads."""
 
     def create_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
@@ -65,6 +68,9 @@ class MixPrecLoader(BaseModelLoader):
                 if (layer := config.base_prefix(runner.layer_name)) in config.table.expert_layers
             },
             dtype=model_config.dtype,
+        )
+        model.mixprec_rows = rank_rows(
+            model.mixprec_intake.held.values(), config.table, get_tensor_model_parallel_rank()
         )
         model.load_weights = model.mixprec_intake.load_weights
         model.mixprec_served = model_config.model
@@ -104,9 +110,11 @@ class MixPrecLoader(BaseModelLoader):
                 "same, whose plan says where each tensor comes from. Compose another directory and "
                 "serve that"
             )
-        return self._read(list(model.mixprec_intake.held.values()))
+        return self._read(list(model.mixprec_intake.held.values()), model.mixprec_rows)
 
-    def _read(self, routes: list[Route]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _read(
+        self, routes: list[Route], rows: dict[TensorSpec, range]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         names = {
             (spec.file, spec.name): f"{route.module}.{suffix}"
             for route in routes
@@ -115,6 +123,7 @@ class MixPrecLoader(BaseModelLoader):
         specs = [spec for route in routes for spec in route.tensors.values()]
         for line in summarise(routes):
             logger.info("%s", line)
+        fetch(spec.file for spec in specs)
         shown = self.load_config.use_tqdm_on_load and get_tensor_model_parallel_rank() == 0
         bar = tqdm(
             total=sum(spec.nbytes for spec in specs),
@@ -125,7 +134,7 @@ class MixPrecLoader(BaseModelLoader):
             disable=not shown,
         )
         with bar:
-            for spec, tensor in read_tensors(specs):
+            for spec, tensor in read_tensors(specs, rows):
                 yield names[spec.file, spec.name], tensor
                 bar.update(spec.nbytes)
 

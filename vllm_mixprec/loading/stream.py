@@ -3,65 +3,84 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import TensorSpec
-from vllm_mixprec.errors import CheckpointError
+from vllm_mixprec.loading.buffers import READ_BYTES, Buffers
+from vllm_mixprec.loading.stored import DTYPES, StoredTensor, read_into
 
 # Small neighbours share one read. Larger reads gain nothing on NVMe or page cache and cost memory.
-_READ_BYTES = 8 << 20
-_AHEAD_BYTES = 64 << 20
+_AHEAD_BYTES = 32 << 20
 _THREADS = 4
 
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
+Tensors = list[tuple[TensorSpec, torch.Tensor]]
 
 
-def read_tensors(specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is to be read of one tensor: its rows, indices along the first dimension, or all."""
+
+    spec: TensorSpec
+    rows: range | None = None
+
+    @property
+    def start(self) -> int:
+        """Offset in the file of the first byte to be read."""
+        return self.spec.start + self._offset(0 if self.rows is None else self.rows.start)
+
+    @property
+    def end(self) -> int:
+        """Offset in the file behind the last."""
+        rows = self.rows
+        return self.spec.end if rows is None else self.spec.start + self._offset(rows.stop)
+
+    def _offset(self, row: int) -> int:
+        return row * (self.spec.nbytes // self.spec.shape[0]) if row else 0
+
+
+def read_tensors(
+    specs: Iterable[TensorSpec], rows: Mapping[TensorSpec, range] | None = None
+) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
     """Yield each tensor once, in the order of files and offsets.
 
-    Tensors are CPU views of fresh buffers, which live as long as a view of them does; at most
-    64 MiB (or one larger tensor) is read ahead. ``pread`` rather than ``mmap``, so that a file cut
-    short under our hands is an error and not a SIGBUS.
+    Tensors are CPU views of buffers that are used again when no view of them lives; at most 32 MiB
+    are read ahead. ``pread`` rather than ``mmap``, so that a file cut short under our hands is an
+    error and not a SIGBUS.
+
+    Args:
+        rows: of some tensors the rows that will be asked for, which are read ahead. They come as a
+            :class:`StoredTensor` of the whole shape, which reads any others when they are wanted,
+            as tensors larger than 32 MiB do.
 
     Raises:
         CheckpointError: a file vanished or was changed since its header was read, or while its
             tensors are.
     """
-    chunks = _chunk(sorted(specs, key=lambda spec: (str(spec.file), spec.start)))
-    waiting: deque[tuple[int, Future[list[tuple[TensorSpec, torch.Tensor]]]]] = deque()
+    rows = rows or {}
+    ordered = sorted(specs, key=lambda spec: (str(spec.file), spec.start))
+    chunks = _chunk([Part(spec, rows.get(spec)) for spec in ordered])
+    waiting: deque[tuple[int, Future[Tensors]]] = deque()
     ahead_bytes = 0
     files: dict[Path, tuple[int, FileStamp | None]] = {}
+    buffers = Buffers()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="mixprec-read")
     try:
         for chunk in chunks:
-            file = chunk[0].file
+            file = chunk[0].spec.file
             if file not in files:
-                files[file] = _open(chunk[0])
-            nbytes = chunk[-1].end - chunk[0].start
+                files[file] = _open(chunk[0].spec)
+            nbytes = min(chunk[-1].end - chunk[0].start, _AHEAD_BYTES)
             while waiting and ahead_bytes + nbytes > _AHEAD_BYTES:
                 taken, future = waiting.popleft()
                 ahead_bytes -= taken
                 yield from future.result()
-            waiting.append((nbytes, pool.submit(_read_chunk, files[file][0], chunk)))
+            waiting.append((nbytes, pool.submit(_read_chunk, files[file][0], chunk, buffers)))
             ahead_bytes += nbytes
         while waiting:
             yield from waiting.popleft()[1].result()
@@ -73,18 +92,18 @@ def read_tensors(specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, torc
             os.close(descriptor)
 
 
-def _chunk(specs: list[TensorSpec]) -> Iterator[list[TensorSpec]]:
-    """Join tensors that touch each other, up to one read's size."""
-    chunk: list[TensorSpec] = []
-    for spec in specs:
+def _chunk(parts: list[Part]) -> Iterator[list[Part]]:
+    """Join parts that touch each other, up to one read's size."""
+    chunk: list[Part] = []
+    for part in parts:
         if chunk and (
-            spec.file != chunk[0].file
-            or spec.start != chunk[-1].end
-            or spec.end - chunk[0].start > _READ_BYTES
+            part.spec.file != chunk[0].spec.file
+            or part.start != chunk[-1].end
+            or part.end - chunk[0].start > READ_BYTES
         ):
             yield chunk
             chunk = []
-        chunk.append(spec)
+        chunk.append(part)
     if chunk:
         yield chunk
 
@@ -96,24 +115,24 @@ def _open(spec: TensorSpec) -> tuple[int, FileStamp | None]:
     return descriptor, spec.stamp
 
 
-def _read_chunk(descriptor: int, chunk: list[TensorSpec]) -> list[tuple[TensorSpec, torch.Tensor]]:
+def _read_chunk(descriptor: int, chunk: list[Part], buffers: Buffers) -> Tensors:
     begin, end = chunk[0].start, chunk[-1].end
-    buffer = torch.empty(end - begin, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], begin + done)
-        if count == 0:
-            raise CheckpointError(
-                f"{chunk[0].file}: ends at byte {begin + done}, expected {end} for "
-                f"{chunk[-1].name}; it was cut short after its header was read. Copy it again"
-            )
-        done += count
-    return [(spec, _typed(buffer[spec.start - begin : spec.end - begin], spec)) for spec in chunk]
+    if end - begin > _AHEAD_BYTES and chunk[0].spec.shape:
+        [part] = chunk
+        return [(part.spec, StoredTensor(part.spec))]
+    buffer = buffers.take(end - begin)
+    read_into(buffer, descriptor, begin, chunk[-1].spec)
+    return [
+        (part.spec, _typed(part, buffer[part.start - begin : part.end - begin])) for part in chunk
+    ]
 
 
-def _typed(raw: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    dtype = _DTYPES[spec.dtype]
+def _typed(part: Part, raw: torch.Tensor) -> torch.Tensor:
+    spec = part.spec
+    dtype = DTYPES[spec.dtype]
     if raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()  # safetensors does not promise alignment, torch's view needs it
-    return raw.view(dtype).view(spec.shape)
+    if part.rows is None:
+        return raw.view(dtype).view(spec.shape)
+    read = raw.view(dtype).view(len(part.rows), *spec.shape[1:])
+    return StoredTensor(spec, ahead=(part.rows, read))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_mixprec.checkpoint.hub import is_available
 from vllm_mixprec.checkpoint.index import Checkpoint, local_path
 from vllm_mixprec.errors import CheckpointError, PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan.plan import Plan
@@ -92,7 +93,25 @@ def check(
         ValueError: a parallel size below 1.
         UnsupportedError: VLLM_MIXPREC_PLATFORM holds no platform's name.
     """
-    layout = Layout(tensor_parallel_size, pipeline_parallel_size, expert_parallel, draft)
+    report, _ = examine(
+        plan,
+        Layout(tensor_parallel_size, pipeline_parallel_size, expert_parallel, draft),
+        platform,
+        progress,
+        dtype,
+    )
+    return report
+
+
+def examine(
+    plan: Plan,
+    layout: Layout | None = None,
+    platform: Platform | None = None,
+    progress: Progress | None = None,
+    dtype: str | None = None,
+) -> tuple[Report, dict[str, Checkpoint]]:
+    """As ``check``; also return the plan's checkpoints that could be opened, by source."""
+    layout = layout or Layout()
     platform = platform or detect_platform()
     log = FindingLog()
     sources = used_sources(plan)
@@ -110,9 +129,9 @@ def check(
             checkpoints[name] = checkpoint
     _report_unused(plan, log)
     if plan.base not in checkpoints:
-        return Report(log.findings(), (), None)
+        return Report(log.findings(), (), None), checkpoints
 
-    compare_headers(checkpoints[plan.base], draft, log)
+    compare_headers(checkpoints[plan.base], layout.draft, log)
     for name in compare_configs(plan, checkpoints, log):
         del checkpoints[name]  # what another model's files lack or hold is no news
     step("comparing routers", len(sources))
@@ -122,10 +141,11 @@ def check(
         table = build_table(plan, checkpoints, layout, platform, log, dtype)
     except PlanError as error:  # a pattern that cannot be tried on the names there are
         log.add("error", "plan-invalid", str(plan.path or "plan"), str(error))
-        return Report(log.findings(), (), None)
+        return Report(log.findings(), (), None), checkpoints
+    _report_absent_shards(table, log)
     bytes_per_rank = _bytes_per_rank(table, checkpoints[plan.base], log)
     step("done", steps)
-    return Report(log.findings(), bytes_per_rank, None if log.has_errors else table)
+    return Report(log.findings(), bytes_per_rank, None if log.has_errors else table), checkpoints
 
 
 def _open(plan: Plan, name: str, log: FindingLog) -> Checkpoint | None:
@@ -159,6 +179,21 @@ def _report_unused(plan: Plan, log: FindingLog) -> None:
                 source_place(plan, name),
                 f"{problem} No rule uses it: remove the source, or correct its path.",
             )
+
+
+def _report_absent_shards(table: RouteTable, log: FindingLog) -> None:
+    """Report shards of which only the header is here, though the plan takes tensors from them."""
+    for files in table.shards_by_source().values():
+        for file in files:
+            if not is_available(file):
+                log.add(
+                    "error",
+                    "index-mismatch",
+                    str(file),
+                    "only its header is here, expected the shard, from which the plan takes "
+                    "tensors. Download it, or compose the plan again where its sources are.",
+                    noun="shards",
+                )
 
 
 def _bytes_per_rank(table: RouteTable, base: Checkpoint, log: FindingLog) -> tuple[int, ...]:

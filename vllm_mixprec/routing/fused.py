@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 Kind = Literal["linear", "experts"]
@@ -77,6 +78,7 @@ def unquantized_reason(module: str) -> str | None:
     return None if what is None else f"vLLM holds {what} in plain weights only"
 
 
+@lru_cache(maxsize=1 << 17)  # asked of each of 50,000 modules several times
 def parse_expert(module: str) -> ExpertName | None:
     """Take the name of a routed expert's projection apart; None for any other module."""
     parent, _, projection = module.rpartition(".")

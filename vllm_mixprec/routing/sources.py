@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_mixprec.checkpoint.formats import Module
-from vllm_mixprec.checkpoint.files import reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.hub import is_available, read_range
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.errors import CheckpointError
 from vllm_mixprec.plan.plan import Plan
@@ -99,7 +99,8 @@ def compare_routers(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: Find
     """Report routers whose weights differ between the base and a source.
 
     Routers are never quantised, so unlike weights mean another model. These few megabytes are
-    the only tensor data that ``check`` reads.
+    the only tensor data that ``check`` reads. A router that cannot be had is in a shard that
+    ``compose`` did not need, and was compared before that.
     """
     base = checkpoints[plan.base]
     num_experts = ModelDims.from_config(base.config).num_experts
@@ -119,8 +120,11 @@ def compare_routers(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: Find
                     "compared with the base's. Check that both are the same model.",
                 )
                 continue
+            weights = module.tensors["weight"], other.tensors["weight"]
+            if not all(is_available(spec.file) for spec in weights):
+                continue
             try:
-                same = _same_values(module.tensors["weight"], other.tensors["weight"])
+                same = _same_values(*weights)
             except CheckpointError as error:
                 log.add("error", "source-unreadable", module.name, str(error))
                 continue
@@ -155,11 +159,7 @@ def _same_values(one: TensorSpec, other: TensorSpec) -> bool:
 
 
 def _read_data(spec: TensorSpec) -> bytes:
-    with open(reopen(spec.file, spec.stamp), "rb") as file:
-        file.seek(spec.start)
-        data = file.read(spec.nbytes)
-        require_unchanged(spec.file, file.fileno(), spec.stamp)
-        return data
+    return read_range(spec.file, spec.start, spec.end, spec.stamp)
 
 
 def _decode(dtype: str, data: bytes) -> array.array[float] | tuple[float, ...]:

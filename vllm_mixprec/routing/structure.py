@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from vllm_mixprec.errors import CheckpointError
@@ -119,7 +120,7 @@ class ModelDims:
         Not loaded are MTP layers without a draft and their copies of embeddings and head, layers
         that the config does not know, and indexers that vLLM does not build.
         """
-        if _MTP_MODULES.search(module):
+        if is_mtp_module(module):
             return draft
         if module.endswith(_COMPUTED):
             return False
@@ -139,6 +140,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else config
 
 
+@lru_cache(maxsize=1 << 17)  # asked of each of 50,000 modules several times
 def layer_index(module: str) -> int | None:
     """Return which layer of the language model a module is in, or is; None for one outside."""
     found = _LAYER.match(module)
@@ -164,7 +166,7 @@ def is_tower_module(module: str) -> bool:
 
 def is_mtp_module(module: str) -> bool:
     """Whether a module lies below ``mtp``, where Qwen and others keep what predicts ahead."""
-    return _MTP_MODULES.search(module) is not None
+    return "mtp." in module and _MTP_MODULES.search(module) is not None
 
 
 def _integer(text: Mapping[str, Any], *keys: str) -> int | None:

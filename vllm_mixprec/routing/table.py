@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm_mixprec.checkpoint.formats import PLAIN_DTYPES, Module, Scheme
@@ -120,6 +121,14 @@ class RouteTable:
                 continue
             totals[route.source, route.stored.format] += route.stored_bytes
         return dict(totals)
+
+    def shards_by_source(self) -> dict[str, tuple[Path, ...]]:
+        """Return source -> the files, sorted, that routes take tensors from."""
+        used: dict[str, set[Path]] = {}
+        for route in self.routes.values():
+            files = used.setdefault(route.source, set())
+            files.update([spec.file for spec in route.tensors.values()])
+        return {source: tuple(sorted(files)) for source, files in used.items()}
 
     def bytes_per_rank(self) -> tuple[int, ...]:
         """Return what the weights take in memory on rank pp_rank * tp size + tp_rank.

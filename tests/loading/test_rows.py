@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-V3's layers over 8 pipeline stages of 8 tensor-parallel ranks: what one rank reads."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.routing.headers import DEEPSEEK_V3, glm_header, gptq_experts, write_checkpoint
+from tests.routing.models import CPU
+from vllm_mixprec import compose
+from vllm_mixprec.composition import PLAN_FILE
+from vllm_mixprec.loading.rows import rank_rows
+from vllm_mixprec.loading.stream import read_tensors
+from vllm_mixprec.plan import Plan
+from vllm_mixprec.routing import Layout, RouteTable, load_route_table
+from vllm_mixprec.routing.parallel import Placement
+from vllm_mixprec.routing.structure import ModelDims
+
+LAYOUT = Layout(tensor_parallel_size=8, pipeline_parallel_size=8)
+STAGE, TP_RANK = 3, 5
+LAYERS = range(22, 30)  # vLLM splits 61 layers into 7, 7, 8, 8, 8, 8, 8, 7
+SHARDS = 122
+# DeepSeek-V3 with everything small that may be: eight ranks cut no block and no group.
+SMALL = DEEPSEEK_V3 | {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 128,
+    "n_routed_experts": 16,
+}
+INT4_EXPERTS = range(4, 16)
+
+_opened: list[str] | None = None
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _opened is not None:
+        _opened.append(str(arguments[0]))
+
+
+sys.addaudithook(_audit)  # cannot be taken off again; it does nothing but in shards_opened
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deepseek")
+    plain = glm_header(SMALL)
+    write_checkpoint(folder / "fp8", SMALL, glm_header(SMALL, fp8=True), SHARDS)
+    write_checkpoint(folder / "int4", SMALL, gptq_experts(plain), SHARDS)
+    plan = Plan.from_dict(
+        {
+            "version": 1,
+            "base": "fp8",
+            "sources": {name: {"path": str(folder / name)} for name in ("fp8", "int4")},
+            "rules": [{"match": "model.layers.{0-60}.mlp.experts.{4-15}", "source": "int4"}],
+        }
+    )
+    compose(plan, folder / "mixed")
+    return folder / "mixed"
+
+
+@pytest.fixture(scope="module")
+def table(composed: Path) -> RouteTable:
+    return load_route_table(Plan.from_yaml(composed / PLAN_FILE), LAYOUT, CPU)
+
+
+def shards_opened(action: Any) -> set[str]:
+    """Run ``action`` and return the shards that this opened, as SOURCE/FILE."""
+    global _opened
+    _opened = []
+    try:
+        action()
+        paths = [Path(name) for name in _opened if name.endswith(".safetensors")]
+        return {f"{path.parent.name}/{path.name}" for path in paths}
+    finally:
+        _opened = None
+
+
+def routes_of_stage(table: RouteTable, stage: int) -> list[Any]:
+    placement = Placement(table.layout, ModelDims.from_config(table.base_config))
+    return [route for name, route in table.routes.items() if stage in placement.stages(name)]
+
+
+def source_of(module: str) -> str:
+    part = module.split(".mlp.experts.")[1:]
+    return "int4" if part and int(part[0].split(".")[0]) in INT4_EXPERTS else "fp8"
+
+
+def indexed(composed: Path) -> list[tuple[str, str, str]]:
+    """(source, tensor, shard) of what the layers of the stage hold, from the indexes alone."""
+    found = []
+    for source in ("fp8", "int4"):
+        index = composed / "sources" / source / "model.safetensors.index.json"
+        for tensor, shard in json.loads(index.read_text())["weight_map"].items():
+            layer = tensor.partition("model.layers.")[2].partition(".")[0]
+            if layer and int(layer) in LAYERS and source_of(tensor) == source:
+                found.append((source, tensor, shard))
+    return found
+
+
+def test_resolving_opens_no_shard(composed: Path) -> None:
+    def resolve() -> None:
+        load_route_table(Plan.from_yaml(composed / PLAN_FILE), LAYOUT, CPU)
+
+    assert shards_opened(resolve) == set()
+    for source in ("fp8", "int4"):
+        (composed / "sources" / source / "mixprec_headers").rename(composed / source)
+    try:
+        assert len(shards_opened(resolve)) > SHARDS  # what is counted would be seen
+    finally:
+        for source in ("fp8", "int4"):
+            (composed / source).rename(composed / "sources" / source / "mixprec_headers")
+
+
+def test_rank_opens_the_shards_of_its_layers_only(composed: Path, table: RouteTable) -> None:
+    specs = [spec for route in routes_of_stage(table, STAGE) for spec in route.tensors.values()]
+    opened = shards_opened(lambda: list(read_tensors(specs)))
+    assert opened == {f"{source}/{shard}" for source, _, shard in indexed(composed)}
+    assert len(opened) < 2 * SHARDS / 4
+
+
+def test_rank_reads_an_eighth_of_what_is_cut_along_rows(
+    composed: Path, table: RouteTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_hand = {}
+    headers = {"fp8": glm_header(SMALL, fp8=True), "int4": gptq_experts(glm_header(SMALL))}
+    item_bytes = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4}
+    for source, tensor, _ in indexed(composed):
+        dtype, shape = headers[source][tensor]
+        nbytes = math.prod(shape) * item_bytes[dtype]
+        module, _, suffix = tensor.rpartition(".")
+        leaf = module.rpartition(".")[2]
+        rows_cut = leaf in ("gate_proj", "up_proj", "q_b_proj", "kv_b_proj")
+        if suffix == "qweight":  # (K / 8, N)
+            rows_cut = leaf == "down_proj"
+        by_hand[tensor] = nbytes // 8 if rows_cut and nbytes >= 65536 else nbytes
+    assert sum(by_hand.values()) < 0.6 * sum(
+        math.prod(headers[s][t][1]) * item_bytes[headers[s][t][0]] for s, t, _ in indexed(composed)
+    )
+
+    asked = []
+    real = os.preadv
+
+    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        asked.append(sum(len(buffer) for buffer in buffers))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counting)
+    routes = routes_of_stage(table, STAGE)
+    specs = [spec for route in routes for spec in route.tensors.values()]
+    found = dict(read_tensors(specs, rank_rows(routes, table, TP_RANK)))
+    assert sum(asked) == sum(by_hand.values())
+    spec = table.routes["model.layers.25.mlp.experts.0.gate_proj"].tensors["weight"]
+    assert tuple(found[spec].shape) == (1024, 256) and found[spec].ahead[0] == range(640, 768)
+
+
+@pytest.mark.parametrize(
+    "module, suffix, rank, rows",
+    [
+        ("model.layers.25.self_attn.q_b_proj", "weight", 0, range(0, 384)),
+        ("model.layers.25.self_attn.q_b_proj", "weight", 7, range(2688, 3072)),
+        ("model.layers.25.mlp.experts.5.down_proj", "qweight", 1, range(16, 32)),
+        ("model.embed_tokens", "weight", 2, range(128, 192)),
+    ],
+)
+def test_rows_of_a_rank(
+    table: RouteTable, module: str, suffix: str, rank: int, rows: range
+) -> None:
+    route = table.routes[module]
+    assert rank_rows([route], table, rank)[route.tensors[suffix]] == rows
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model.layers.25.self_attn.o_proj",  # cut along columns
+        "model.layers.25.self_attn.q_a_proj",  # replicated
+        "model.layers.25.mlp.experts.5.gate_proj",  # GPTQ: (K / 8, N), cut along N
+    ],
+)
+def test_what_is_not_cut_along_rows_is_read_whole(table: RouteTable, module: str) -> None:
+    assert rank_rows([table.routes[module]], table, TP_RANK) == {}

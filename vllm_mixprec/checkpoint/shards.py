@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shards of a directory, and their headers: read from them, or kept in one file beside them.
+
+``compose`` keeps headers, so that each of many workers opens one file rather than hundreds, and
+shards that no tensor comes from need not be there; so does the hub's reader, for shards that were
+not downloaded. For each shard the file holds a line of JSON, then the header as it is in the shard,
+then a newline.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from vllm_mixprec.checkpoint.files import stamp_of
+from vllm_mixprec.checkpoint.header import RawHeader, TensorSpec, parse_header, read_raw
+from vllm_mixprec.errors import CheckpointError
+
+HEADERS_FILE = "mixprec_headers"
+HEADER_THREADS = 16
+
+
+class Shards:
+    """The shards of one directory, with those on the hub that are not here."""
+
+    def __init__(self, path: Path) -> None:
+        """Look which headers are kept and still stand for their shards.
+
+        Raises:
+            CheckpointError: the file of kept headers is unreadable or damaged.
+        """
+        self._path = path
+        self._kept = {
+            shard: header
+            for shard, kept in kept_headers(path).items()
+            if (header := _current(path / shard, kept)) is not None
+        }
+
+    def names(self) -> list[str]:
+        """Return the names of those in the directory itself, sorted."""
+        here = {file.name for file in self._path.glob("*.safetensors")}
+        return sorted(here | {shard for shard in self._kept if "/" not in shard})
+
+    def has(self, shard: str) -> bool:
+        """Whether a shard's header can be had."""
+        return shard in self._kept or (self._path / shard).exists()
+
+    def headers(self, shards: Sequence[str]) -> Iterator[RawHeader]:
+        """Yield the header of each shard, read in threads.
+
+        Raises:
+            CheckpointError: a shard cannot be read, or is too short for its header.
+        """
+        with ThreadPoolExecutor(min(HEADER_THREADS, len(shards) or 1)) as pool:
+            yield from pool.map(self._header, shards)
+
+    def read(self, shards: Sequence[str]) -> Iterator[dict[str, TensorSpec]]:
+        """Yield the specs of each shard's tensors.
+
+        Raises:
+            CheckpointError: as ``headers``, or a header is malformed.
+        """
+        for shard, header in zip(shards, self.headers(shards), strict=True):
+            yield parse_header(self._path / shard, header)
+
+    def _header(self, shard: str) -> RawHeader:
+        return self._kept.get(shard) or read_raw(self._path / shard)
+
+
+def keep_headers(folder: Path, headers: Mapping[str, RawHeader]) -> None:
+    """Write the headers of a directory's shards, by file name; what was there is replaced at once.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f"{HEADERS_FILE}.", dir=folder)
+    try:
+        with open(descriptor, "wb") as stream:
+            for shard, header in headers.items():
+                line = {
+                    "shard": shard,
+                    "file_bytes": header.file_bytes,
+                    "mtime_ns": header.mtime_ns,
+                    "header_bytes": len(header.text),
+                }
+                stream.write(json.dumps(line).encode() + b"\n" + header.text + b"\n")
+        os.chmod(name, 0o644)
+        os.replace(name, folder / HEADERS_FILE)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def kept_headers(folder: Path) -> dict[str, RawHeader]:
+    """Return shard's file name -> header; none for a directory that keeps none.
+
+    Raises:
+        CheckpointError: the file is unreadable or damaged.
+    """
+    file = folder / HEADERS_FILE
+    headers: dict[str, RawHeader] = {}
+    try:
+        with open(file, "rb") as stream:
+            while line := stream.readline():
+                entry = json.loads(line)
+                text = stream.read(entry["header_bytes"])
+                if len(text) != entry["header_bytes"] or stream.read(1) != b"\n":
+                    raise ValueError(f"cut short in the header of {entry['shard']}")
+                written = entry["mtime_ns"]
+                headers[entry["shard"]] = RawHeader(
+                    text, int(entry["file_bytes"]), None if written is None else int(written)
+                )
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({error}), expected the headers of the shards. Remove the "
+            "file, or compose the directory again."
+        ) from error
+    return headers
+
+
+def _current(file: Path, header: RawHeader) -> RawHeader | None:
+    """Return a kept header with its shard's stamp; None where the shard is another by now.
+
+    A hub's shard need not be here, and does not change.
+    """
+    stamp = stamp_of(file)
+    if stamp is None:
+        return header if header.mtime_ns is None else None
+    if stamp.size_bytes != header.file_bytes or header.mtime_ns not in (None, stamp.modified_ns):
+        return None
+    return replace(header, stamp=stamp)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buffers of one size for reading, used again as soon as nothing views them."""
+
+import weakref
+from collections import deque
+
+import numpy as np
+import torch
+
+READ_BYTES = 4 << 20
+
+
+class Buffers:
+    """Lends memory; what is lent comes back by itself when the last view of it dies.
+
+    Fresh memory costs a page fault for each 4 KiB, as much as reading from the page cache does.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque()
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Return ``nbytes`` of uint8, uninitialised; of more than READ_BYTES they are fresh."""
+        if nbytes > READ_BYTES:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = np.empty(READ_BYTES, dtype=np.uint8)
+        lent = block[:nbytes]  # an object of its own, which the tensor's storage keeps alive
+        weakref.finalize(lent, self._free.append, block)
+        return torch.from_numpy(lent)

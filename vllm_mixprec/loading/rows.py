@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of each stored tensor a tensor-parallel rank will ask for."""
+
+from collections.abc import Iterable
+
+from vllm_mixprec.checkpoint import TensorSpec
+from vllm_mixprec.routing import Route, RouteTable
+from vllm_mixprec.routing.fused import leaf_name, parse_expert
+from vllm_mixprec.routing.parallel import shard_weight
+from vllm_mixprec.routing.structure import ModelDims
+
+# Below this a slice saves no read: its neighbours come with it in one.
+_SMALLEST_BYTES = 64 << 10
+
+# GPTQ and AWQ store (K, N); every other format (N, K).
+_K_FIRST = frozenset({"qweight", "scales"})
+_WHOLE = frozenset({"g_idx", "qzeros"})  # compared with the config's promise, and small
+
+
+def rank_rows(routes: Iterable[Route], table: RouteTable, tp_rank: int) -> dict[TensorSpec, range]:
+    """Return the rows, along the first stored dimension, of tensors that are cut along it.
+
+    What is cut along its columns, widened or small is read whole. This only says what to read
+    ahead; a :class:`StoredTensor` gives other rows as well.
+    """
+    dims = ModelDims.from_config(table.base_config)
+    tp_size = table.layout.tensor_parallel_size
+    rows: dict[TensorSpec, range] = {}
+    if tp_size == 1:
+        return rows
+    for route in routes:
+        if route.widened:
+            continue
+        name = route.module
+        is_expert = parse_expert(name) is not None
+        shard = shard_weight(leaf_name(name), route.shape, is_expert, table.layout, dims)
+        for suffix, spec in route.tensors.items():
+            if spec.nbytes < _SMALLEST_BYTES or suffix in _WHOLE:
+                continue
+            k_first = suffix in _K_FIRST
+            if not (shard.columns_cut if k_first else shard.rows_cut):
+                continue
+            held = shard.columns if k_first else shard.rows
+            found = _cut(spec.shape[0], held, route.shape[int(k_first)], tp_size, tp_rank)
+            if found is not None:
+                rows[spec] = found
+    return rows
+
+
+def _cut(stored: int, held: int, whole: int, tp_size: int, tp_rank: int) -> range | None:
+    """Scale what a rank holds, ``held`` of a weight's ``whole`` rows, to the ``stored`` rows."""
+    copies = max(tp_size * held // whole, 1)  # ranks that share a key-value head
+    start = min(tp_rank // copies * held, whole)
+    stop = min(start + held, whole)
+    if start * stored % whole or stop * stored % whole:
+        return None
+    return range(start * stored // whole, stop * stored // whole)
