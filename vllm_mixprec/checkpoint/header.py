@@ -42,12 +42,31 @@ DTYPE_BITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Where one stored tensor lies.
+class View:
+    """How a part of a fused tensor lies between ``start`` and ``end``, where it is not all of it.
 
-    ``name`` is spelt as in the file, ``dtype`` as in safetensors (``BF16``, ``F8_E4M3``, ``I32``).
+    Attributes:
+        stored: shape of what lies there.
+        columns: the first column of the part and the one after its last; None for all.
+        transposed: rows and columns are swapped once the columns are taken.
+        values: what the part holds in place of what is stored, which speaks of the whole.
+    """
+
+    stored: tuple[int, ...]
+    columns: tuple[int, int] | None = None
+    transposed: bool = False
+    values: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where one stored tensor lies, or one part of a fused one.
+
+    ``name`` is spelt as in the file, ``dtype`` as in safetensors (``BF16``, ``F8_E4M3``, ``I32``);
+    of a part it is the name that it would have if it were stored by itself.
     ``shape`` counts elements of the stored dtype, so packed int4 counts int32 words, not weights.
-    ``start`` and ``end`` (exclusive) are byte offsets from the beginning of ``file``.
+    ``start`` and ``end`` (exclusive) are byte offsets from the beginning of ``file``; without a
+    ``view`` they hold the tensor and nothing else.
     """
 
     name: str
@@ -56,11 +75,14 @@ class TensorSpec:
     file: Path
     start: int
     end: int
+    view: View | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensor takes in the file."""
-        return self.end - self.start
+        """Bytes of the tensor."""
+        if self.view is None:
+            return self.end - self.start
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorSpec]:

@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig, recognise
+from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig
 from vllm_mixprec.checkpoint.header import TensorSpec, read_header
+from vllm_mixprec.checkpoint.parts import read_modules
+from vllm_mixprec.checkpoint.spelling import canonical_name, mark_clashes
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -33,10 +35,11 @@ class Checkpoint:
         path: its directory.
         config: config.json.
         tensors: tensor name -> spec, shard by shard.
-        modules: module name -> module, in the order of the tensors.
+        modules: module name -> module, in the order of the tensors; fused ones by their parts.
         problems: where index and directory disagree: shards that the index names and the
             directory lacks, the reverse, tensors that are not in the shard that the index says.
             The problems of a module are the module's own.
+        by_key: canonical name -> module, as ``spelling.canonical_name`` gives it.
     """
 
     name: str
@@ -45,6 +48,11 @@ class Checkpoint:
     tensors: dict[str, TensorSpec]
     modules: dict[str, Module]
     problems: tuple[str, ...]
+    by_key: dict[str, Module] = field(default_factory=dict, repr=False)
+
+    def find(self, name: str) -> Module | None:
+        """Return a module by its name or any other spelling of it, None when it is not here."""
+        return self.modules.get(name) or self.by_key.get(canonical_name(name))
 
 
 def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
@@ -70,8 +78,8 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
             tensors, problems = _open_indexed(path)
         else:
             tensors, problems = _open_unindexed(path), []
-        modules = _group_modules(path, tensors, config)
-    return Checkpoint(name, path, config, tensors, modules, tuple(problems))
+        modules, by_key = _group_modules(path, tensors, config)
+    return Checkpoint(name, path, config, tensors, modules, tuple(problems), by_key)
 
 
 def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | None) -> Path:
@@ -254,8 +262,8 @@ def _read_headers(path: Path, shards: list[str]) -> list[dict[str, TensorSpec]]:
 
 def _group_modules(
     path: Path, tensors: dict[str, TensorSpec], config: dict[str, Any]
-) -> dict[str, Module]:
-    """Collect the tensors of each module and recognise its format."""
+) -> tuple[dict[str, Module], dict[str, Module]]:
+    """Collect the tensors of each module and recognise its format; also index by any spelling."""
     groups: dict[str, dict[str, TensorSpec]] = {}
     for tensor, spec in tensors.items():
         module, _, suffix = tensor.rpartition(".")
@@ -265,7 +273,7 @@ def _group_modules(
         group[suffix] = spec
     try:
         quantization = QuantizationConfig.parse(_quantization_config(config))
-        return {module: recognise(module, group, quantization) for module, group in groups.items()}
+        return mark_clashes(read_modules(groups, quantization, config))
     except CheckpointError as error:
         raise CheckpointError(f"{path}{os.sep}{error}") from error  # it begins with config.json
 

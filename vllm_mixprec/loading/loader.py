@@ -4,6 +4,7 @@
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch.nn import Module
@@ -15,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
+from vllm_mixprec.checkpoint.spelling import class_name
 from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
@@ -65,6 +67,7 @@ class MixPrecLoader(BaseModelLoader):
                 if (layer := config.base_prefix(runner.layer_name)) in config.table.expert_layers
             },
             dtype=model_config.dtype,
+            spell=partial(class_name, config=config.table.base_config),
         )
         model.load_weights = model.mixprec_intake.load_weights
         model.mixprec_served = model_config.model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.header import TensorSpec, View
 from vllm_mixprec.errors import CheckpointError
 
 # Small neighbours share one read. Larger reads gain nothing on NVMe or page cache and cost memory.
@@ -35,7 +35,7 @@ _DTYPES = {
 
 
 def read_tensors(specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    """Yield each tensor once, in the order of files and offsets.
+    """Yield each tensor once, in the order of files and offsets; parts as their views say.
 
     Tensors are CPU views of fresh buffers, which live as long as a view of them does; at most
     64 MiB (or one larger tensor) is read ahead. ``pread`` rather than ``mmap``, so that a file cut
@@ -54,7 +54,7 @@ def read_tensors(specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, torc
             file = chunk[0].file
             if file not in files:
                 files[file] = _open(file)
-            nbytes = chunk[-1].end - chunk[0].start
+            nbytes = max(spec.end for spec in chunk) - chunk[0].start
             while waiting and ahead_bytes + nbytes > _AHEAD_BYTES:
                 taken, future = waiting.popleft()
                 ahead_bytes -= taken
@@ -70,16 +70,21 @@ def read_tensors(specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, torc
 
 
 def _chunk(specs: list[TensorSpec]) -> Iterator[list[TensorSpec]]:
-    """Join tensors that touch each other, up to one read's size."""
+    """Join tensors that touch or overlap each other, up to one read's size.
+
+    Parts of a fused tensor overlap where they are columns of it: its bytes are read once.
+    """
     chunk: list[TensorSpec] = []
+    end = 0
     for spec in specs:
         if chunk and (
             spec.file != chunk[0].file
-            or spec.start != chunk[-1].end
-            or spec.end - chunk[0].start > _READ_BYTES
+            or spec.start > end
+            or spec.end > max(end, chunk[0].start + _READ_BYTES)
         ):
             yield chunk
             chunk = []
+        end = max(end, spec.end) if chunk else spec.end
         chunk.append(spec)
     if chunk:
         yield chunk
@@ -99,7 +104,8 @@ def _open(file: Path) -> int:
 
 
 def _read_chunk(descriptor: int, chunk: list[TensorSpec]) -> list[tuple[TensorSpec, torch.Tensor]]:
-    begin, end = chunk[0].start, chunk[-1].end
+    begin, last = chunk[0].start, max(chunk, key=lambda spec: spec.end)
+    end = last.end
     buffer = torch.empty(end - begin, dtype=torch.uint8)
     view = memoryview(buffer.numpy())
     done = 0
@@ -108,7 +114,7 @@ def _read_chunk(descriptor: int, chunk: list[TensorSpec]) -> list[tuple[TensorSp
         if count == 0:
             raise CheckpointError(
                 f"{chunk[0].file}: ends at byte {begin + done}, expected {end} for "
-                f"{chunk[-1].name}; it was cut short after its header was read. Copy it again"
+                f"{last.name}; it was cut short after its header was read. Copy it again"
             )
         done += count
     return [(spec, _typed(buffer[spec.start - begin : spec.end - begin], spec)) for spec in chunk]
@@ -118,4 +124,16 @@ def _typed(raw: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     dtype = _DTYPES[spec.dtype]
     if raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()  # safetensors does not promise alignment, torch's view needs it
-    return raw.view(dtype).view(spec.shape)
+    if spec.view is None:
+        return raw.view(dtype).view(spec.shape)
+    return _taken(raw.view(dtype).view(spec.view.stored), spec.view)
+
+
+def _taken(stored: torch.Tensor, view: View) -> torch.Tensor:
+    """Return a part of a stored tensor, as a contiguous tensor of its own."""
+    if view.values is not None:
+        return torch.tensor(view.values, dtype=stored.dtype)
+    if view.columns is not None:
+        stored = stored[:, slice(*view.columns)]
+    part = stored.t() if view.transposed else stored
+    return part.clone(memory_format=torch.contiguous_format)
