@@ -251,13 +251,25 @@ def test_architecture_that_no_plan_can_follow(tmp_path: Path) -> None:
     expect_config_error(report, tmp_path, "architecture-unmixable", "GptOssForCausalLM")
 
 
-def test_stacked_experts_can_only_be_routed_as_a_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("down_proj", "codes"),
+    [((4, 256, 128), []), ((4, 128, 256), []), ((4, 128, 128), ["experts-fused"])],
+)
+def test_stacked_experts_are_told_apart_where_sizes_fit(
+    tmp_path: Path, down_proj: tuple[int, ...], codes: list[str]
+) -> None:
+    """By rows, by columns, and of an inner size that contradicts the other tensor's."""
+
     def stack(header: Header) -> None:
         drop(EXPERTS)(header)
         header[f"{EXPERTS}.gate_up_proj"] = ("BF16", (4, 256, 256))
-        header[f"{EXPERTS}.down_proj"] = ("BF16", (4, 256, 128))
+        header[f"{EXPERTS}.down_proj"] = ("BF16", down_proj)
 
-    finding = only(check_tiny(tmp_path, stack), "experts-fused")
+    report = check_tiny(tmp_path, stack)
+    assert [finding.code for finding in report.findings] == codes
+    if not codes:
+        return
+    finding = only(report, "experts-fused")
     assert finding.level == "warning"
     assert finding.where == EXPERTS
 

@@ -3,6 +3,7 @@
 
 import os
 from dataclasses import dataclass
+from math import prod
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -47,14 +48,32 @@ _LARGEST = 2**64 - 1  # of a size or an offset, as the safetensors library count
 _Kind = tuple[str, tuple[int, ...]]  # dtype and shape
 
 
-class TensorSpec(NamedTuple):
-    """Where one stored tensor lies.
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a part of a fused tensor lies between ``start`` and ``end``, where it is not all of it.
 
-    ``name`` is spelt as in the file, ``dtype`` as in safetensors (``BF16``, ``F8_E4M3``, ``I32``).
+    Attributes:
+        stored: shape of what lies there.
+        columns: the first column of the part and the one after its last; None for all.
+        transposed: rows and columns are swapped once the columns are taken.
+        values: what the part holds in place of what is stored, which speaks of the whole.
+    """
+
+    stored: tuple[int, ...]
+    columns: tuple[int, int] | None = None
+    transposed: bool = False
+    values: tuple[int, ...] | None = None
+
+
+class TensorSpec(NamedTuple):
+    """Where one stored tensor lies, or one part of a fused one.
+
+    ``name`` is spelt as in the file, ``dtype`` as in safetensors (``BF16``, ``F8_E4M3``, ``I32``);
+    of a part it is the name that it would have if it were stored by itself.
     ``shape`` counts elements of the stored dtype, so packed int4 counts int32 words, not weights.
-    ``start`` and ``end`` (exclusive) are byte offsets from the beginning of ``file``. ``stamp`` is
-    of the file whose header this was: data may only be read from a file that still has it; None
-    for a file that is not here yet.
+    ``start`` and ``end`` (exclusive) are byte offsets from the beginning of ``file``; without a
+    ``view`` they hold the tensor and nothing else. ``stamp`` is of the file whose header this was:
+    data may only be read from a file that still has it; None for a file that is not here yet.
     """
 
     name: str
@@ -63,12 +82,15 @@ class TensorSpec(NamedTuple):
     file: Path
     start: int
     end: int
+    view: View | None = None
     stamp: FileStamp | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensor takes in the file."""
-        return self.end - self.start
+        """Bytes of the tensor."""
+        if self.view is None:
+            return self.end - self.start
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +242,9 @@ def _parse_entry(
             f"data_offsets span {end - start} bytes",
             f"{nbytes:g} for {dtype} of shape {dims}",
         )
-    return TensorSpec(name, kind[0], kind[1], file, data_start + start, data_start + end, stamp)
+    return TensorSpec(
+        name, kind[0], kind[1], file, data_start + start, data_start + end, stamp=stamp
+    )
 
 
 def _parse_kind(file: Path, name: str, dtype: Any, dims: Any) -> tuple[_Kind, float]:

@@ -6,15 +6,17 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vllm_mixprec.checkpoint.bounded_json import parse_json
 from vllm_mixprec.checkpoint.files import open_file
-from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig, recognise
+from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig
 from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.parts import read_modules
 from vllm_mixprec.checkpoint.shards import Shards
+from vllm_mixprec.checkpoint.spelling import canonical_name, mark_clashes
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,10 +36,11 @@ class Checkpoint:
         path: its directory.
         config: config.json.
         tensors: tensor name -> spec, shard by shard.
-        modules: module name -> module, in the order of the tensors.
+        modules: module name -> module, in the order of the tensors; fused ones by their parts.
         problems: where index and directory disagree: shards that the index names and the
             directory lacks, the reverse, tensors that are not in the shard that the index says.
             The problems of a module are the module's own.
+        by_key: canonical name -> module, as ``spelling.canonical_name`` gives it.
     """
 
     name: str
@@ -46,6 +49,11 @@ class Checkpoint:
     tensors: dict[str, TensorSpec]
     modules: dict[str, Module]
     problems: tuple[str, ...]
+    by_key: dict[str, Module] = field(default_factory=dict, repr=False)
+
+    def find(self, name: str) -> Module | None:
+        """Return a module by its name or any other spelling of it, None when it is not here."""
+        return self.modules.get(name) or self.by_key.get(canonical_name(name))
 
 
 def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
@@ -75,8 +83,8 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
             tensors, problems = _open_indexed(path, shards)
         else:
             tensors, problems = _open_unindexed(path, shards), []
-        modules = _group_modules(path, tensors, config)
-    return Checkpoint(name, path, config, tensors, modules, tuple(problems))
+        modules, by_key = _group_modules(path, tensors, config)
+    return Checkpoint(name, path, config, tensors, modules, tuple(problems), by_key)
 
 
 def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | None) -> Path:
@@ -271,8 +279,8 @@ def _open_unindexed(path: Path, found_shards: Shards) -> dict[str, TensorSpec]:
 
 def _group_modules(
     path: Path, tensors: dict[str, TensorSpec], config: dict[str, Any]
-) -> dict[str, Module]:
-    """Collect the tensors of each module and recognise its format."""
+) -> tuple[dict[str, Module], dict[str, Module]]:
+    """Collect the tensors of each module and recognise its format; also index by any spelling."""
     groups: dict[str, dict[str, TensorSpec]] = {}
     for tensor, spec in tensors.items():
         module, _, suffix = tensor.rpartition(".")
@@ -282,7 +290,7 @@ def _group_modules(
         group[suffix] = spec
     try:
         quantization = QuantizationConfig.parse(_quantization_config(config))
-        return {module: recognise(module, group, quantization) for module, group in groups.items()}
+        return mark_clashes(read_modules(groups, quantization, config))
     except CheckpointError as error:
         raise CheckpointError(f"{path}{os.sep}{error}") from error  # it begins with config.json
 

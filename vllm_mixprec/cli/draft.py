@@ -65,15 +65,16 @@ def draft_rules(choice: Choice, base: Checkpoint, source: Checkpoint) -> list[Dr
             f"source {base.name!r} ({base.path}): the base has no {label}{which}; found "
             f"{_list_kinds(base)}. Leave the option for {label} out, or correct the numbers."
         )
-    held = {layer_of(m.name) for m in wanted if m.name in source.modules}
-    held -= {layer_of(m.name) for m in wanted if m.name not in source.modules}
+    found = {module.name: source.find(module.name) for module in wanted}
+    held = {layer_of(name) for name, module in found.items() if module is not None}
+    held -= {layer_of(name) for name, module in found.items() if module is None}
     if not held:
         raise RouteError(
             f"source {source.name!r} ({source.path}): no layer has all of the base's {label}, e.g. "
             f"{wanted[0].name}. Choose a checkpoint of the same model."
         )
     taken = [module for module in wanted if layer_of(module.name) in held]
-    comment = _describe(label, [source.modules[module.name] for module in taken])
+    comment = _describe(label, [m for module in taken if (m := found[module.name]) is not None])
     left = {layer_of(module.name) for module in wanted} - held
     if left:
         layers = spell_ranges(layer for layer in left if layer is not None)

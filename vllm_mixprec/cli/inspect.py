@@ -97,7 +97,8 @@ def _find_plan(source: Path) -> Path | None:
 def find_problems(checkpoint: Checkpoint) -> list[str]:
     """Return what is missing or left over: shards first, then companions."""
     modules = checkpoint.modules.values()
-    return [*checkpoint.problems, *(problem for module in modules for problem in module.problems)]
+    found = [*checkpoint.problems, *(problem for module in modules for problem in module.problems)]
+    return list(dict.fromkeys(found))  # the parts of a fused module share its problems
 
 
 def describe_model(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Intake:
         held: the routes of the modules that this rank holds, by module; others are passed over.
         experts: the base's name of an expert layer -> the layer.
         dtype: of widened weights.
+        spell: a base's name -> the one that the model's own ``load_weights`` takes.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Intake:
         experts: Mapping[str, RoutedExperts],
         dtype: torch.dtype,
         unserved: Callable[[str], bool] = lambda module: False,
+        spell: Callable[[str], str] = str,
     ) -> None:
         self._load = load
+        self._spell = spell
         self._unserved = unserved
         self._known = known
         self.held = held
@@ -151,7 +154,7 @@ class Intake:
             expert = parse_expert(module)
             layer = self._experts.get(expert.layer) if expert is not None else None
             if expert is None or layer is None:
-                yield name, tensor
+                yield self._spell(name), tensor
             else:
                 load_expert(layer, expert.expert, expert.projection, suffix, tensor)
 

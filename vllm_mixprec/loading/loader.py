@@ -4,6 +4,7 @@
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch.nn import Module
@@ -17,6 +18,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
 from vllm_mixprec.checkpoint import TensorSpec
 from vllm_mixprec.checkpoint.hub import fetch
+from vllm_mixprec.checkpoint.spelling import class_name
 from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
@@ -68,6 +70,7 @@ class MixPrecLoader(BaseModelLoader):
                 if (layer := config.base_prefix(runner.layer_name)) in config.table.expert_layers
             },
             dtype=model_config.dtype,
+            spell=partial(class_name, config=config.table.base_config),
         )
         model.mixprec_rows = rank_rows(
             model.mixprec_intake.held.values(), config.table, get_tensor_model_parallel_rank()

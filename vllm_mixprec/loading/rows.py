@@ -20,8 +20,8 @@ _WHOLE = frozenset({"g_idx", "qzeros"})  # compared with the config's promise, a
 def rank_rows(routes: Iterable[Route], table: RouteTable, tp_rank: int) -> dict[TensorSpec, range]:
     """Return the rows, along the first stored dimension, of tensors that are cut along it.
 
-    What is cut along its columns, widened or small is read whole. This only says what to read
-    ahead; a :class:`StoredTensor` gives other rows as well.
+    What is cut along its columns, widened, small or a part of a fused tensor is read whole. This
+    only says what to read ahead; a :class:`StoredTensor` gives other rows as well.
     """
     dims = ModelDims.from_config(table.base_config)
     tp_size = table.layout.tensor_parallel_size
@@ -35,7 +35,7 @@ def rank_rows(routes: Iterable[Route], table: RouteTable, tp_rank: int) -> dict[
         is_expert = parse_expert(name) is not None
         shard = shard_weight(leaf_name(name), route.shape, is_expert, table.layout, dims)
         for suffix, spec in route.tensors.items():
-            if spec.nbytes < _SMALLEST_BYTES or suffix in _WHOLE:
+            if spec.nbytes < _SMALLEST_BYTES or suffix in _WHOLE or spec.view is not None:
                 continue
             k_first = suffix in _K_FIRST
             if not (shard.columns_cut if k_first else shard.rows_cut):

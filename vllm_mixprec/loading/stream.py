@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
-from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.header import TensorSpec, View
 from vllm_mixprec.loading.buffers import READ_BYTES, Buffers
 from vllm_mixprec.loading.stored import DTYPES, StoredTensor, read_into
 
@@ -75,7 +76,7 @@ def read_tensors(
             file = chunk[0].spec.file
             if file not in files:
                 files[file] = _open(chunk[0].spec)
-            nbytes = min(chunk[-1].end - chunk[0].start, _AHEAD_BYTES)
+            nbytes = min(_end(chunk) - chunk[0].start, _AHEAD_BYTES)
             while waiting and ahead_bytes + nbytes > _AHEAD_BYTES:
                 taken, future = waiting.popleft()
                 ahead_bytes -= taken
@@ -93,16 +94,21 @@ def read_tensors(
 
 
 def _chunk(parts: list[Part]) -> Iterator[list[Part]]:
-    """Join parts that touch each other, up to one read's size."""
+    """Join parts that touch or overlap each other, up to one read's size.
+
+    Parts of a fused tensor overlap where they are columns of it: its bytes are read once.
+    """
     chunk: list[Part] = []
+    end = 0
     for part in parts:
         if chunk and (
             part.spec.file != chunk[0].spec.file
-            or part.start != chunk[-1].end
-            or part.end - chunk[0].start > READ_BYTES
+            or part.start > end
+            or part.end > max(end, chunk[0].start + READ_BYTES)
         ):
             yield chunk
             chunk = []
+        end = max(end, part.end) if chunk else part.end
         chunk.append(part)
     if chunk:
         yield chunk
@@ -115,13 +121,17 @@ def _open(spec: TensorSpec) -> tuple[int, FileStamp | None]:
     return descriptor, spec.stamp
 
 
+def _end(chunk: list[Part]) -> int:
+    return max(part.end for part in chunk)
+
+
 def _read_chunk(descriptor: int, chunk: list[Part], buffers: Buffers) -> Tensors:
-    begin, end = chunk[0].start, chunk[-1].end
-    if end - begin > _AHEAD_BYTES and chunk[0].spec.shape:
+    begin, last = chunk[0].start, max(chunk, key=attrgetter("end"))
+    if last.end - begin > _AHEAD_BYTES and last.spec.shape and last.spec.view is None:
         [part] = chunk
         return [(part.spec, StoredTensor(part.spec))]
-    buffer = buffers.take(end - begin)
-    read_into(buffer, descriptor, begin, chunk[-1].spec)
+    buffer = buffers.take(last.end - begin)
+    read_into(buffer, descriptor, begin, last.spec)
     return [
         (part.spec, _typed(part, buffer[part.start - begin : part.end - begin])) for part in chunk
     ]
@@ -132,7 +142,19 @@ def _typed(part: Part, raw: torch.Tensor) -> torch.Tensor:
     dtype = DTYPES[spec.dtype]
     if raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()  # safetensors does not promise alignment, torch's view needs it
+    if spec.view is not None:
+        return _taken(raw.view(dtype).view(spec.view.stored), spec.view)
     if part.rows is None:
         return raw.view(dtype).view(spec.shape)
     read = raw.view(dtype).view(len(part.rows), *spec.shape[1:])
     return StoredTensor(spec, ahead=(part.rows, read))
+
+
+def _taken(stored: torch.Tensor, view: View) -> torch.Tensor:
+    """Return a part of a stored tensor, as a contiguous tensor of its own."""
+    if view.values is not None:
+        return torch.tensor(view.values, dtype=stored.dtype)
+    if view.columns is not None:
+        stored = stored[:, slice(*view.columns)]
+    part = stored.t() if view.transposed else stored
+    return part.clone(memory_format=torch.contiguous_format)

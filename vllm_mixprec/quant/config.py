@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantization config that vLLM finds under ``quant_method: mixprec``."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,13 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.checkpoint.spelling import class_name
 from vllm_mixprec.errors import PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.quant.experts import MixedExpertsMethod
 from vllm_mixprec.quant.methods import experts_method, linear_method, usable_platform
 from vllm_mixprec.routing import Layout, RouteTable, load_route_table
+from vllm_mixprec.routing.fused import parse_expert
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -192,8 +193,9 @@ class MixPrecConfig(QuantizationConfig):
         """vLLM's module name -> the base checkpoint's; equal for most models."""
         if self._base_names is None:
             self._base_names = {}
+            config = self.table.base_config
             for module in self.table.routes:
-                name: str | None = f"{module}.weight"
+                name: str | None = f"{class_name(module, config)}.weight"
                 for mapper in self._mappers:
                     name = mapper.map_name(name) if name is not None else None
                 if name is not None:
@@ -220,7 +222,7 @@ class MixPrecConfig(QuantizationConfig):
         return None  # embeddings, the head and attention hold their weights unquantised
 
     def _whole_experts(self, layer: RoutedExperts, base_layer: str) -> QuantizeMethodBase:
-        """The method of experts that the base does not store one by one."""
+        """The method of experts that the base stores in a way that cannot be told apart."""
         for module, route in self.table.routes.items():
             if f"{module}.".startswith(f"{base_layer}.") and route.served.is_quantized:
                 raise UnsupportedError(
@@ -233,8 +235,9 @@ class MixPrecConfig(QuantizationConfig):
     def _scheme(self, prefix: str) -> Scheme:
         """The one scheme of a linear layer's parts; routing has made them equal."""
         parent, _, leaf = prefix.rpartition(".")
-        parts: Iterable[str] = self.packed_modules_mapping.get(leaf) or _FUSED_PARTS.get(leaf, ())
-        names = [f"{parent}.{part}" if parent else part for part in parts] or [prefix]
+        # Phi3's own mapping names the fused layer, as its checkpoints do: the table has its parts.
+        parts = {leaf, *self.packed_modules_mapping.get(leaf, ()), *_FUSED_PARTS.get(leaf, ())}
+        names = [f"{parent}.{part}" if parent else part for part in sorted(parts)]
         routes = [self.table.routes.get(self.base_names.get(name, "")) for name in names]
         schemes = {route.served for route in routes if route is not None}
         if len(schemes) > 1:
@@ -252,5 +255,6 @@ class MixPrecConfig(QuantizationConfig):
             return prefix
         for name, module in self.base_names.items():
             if name.startswith(f"{prefix}."):
-                return module[: len(module) - len(name) + len(prefix)]
+                expert = parse_expert(module)  # its projection may have another name there
+                return expert.layer if expert else module[: len(prefix) - len(name)]
         return prefix

@@ -294,9 +294,10 @@ def _compare_experts(layer: _Layer, is_moe: bool | None, num_experts: int, log: 
             "warning",
             "experts-fused",
             name,
-            "one tensor holds a projection of all experts, expected a module for each expert: "
-            "they can only be served as a whole and unquantised. To mix precisions within a layer "
-            "use a base that has such modules.",
+            "one tensor holds a projection of all experts, in a layout that cannot be told: "
+            "expected [experts, rows, columns] or [experts, columns, rows], of sizes that fit "
+            "config.json and each other. They can only be served as a whole and unquantised. To "
+            "mix precisions within a layer use a base that stores a module for each expert.",
             noun="layers",
         )
     if not layer.experts:

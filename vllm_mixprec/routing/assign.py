@@ -15,6 +15,7 @@ from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.plan.patterns import compile_pattern, numbered_braces
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.findings import FindingLog, Level, generalise, rule_place
+from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.structure import layer_name
 
 _NEAREST = 3
@@ -26,24 +27,39 @@ _UNREAD = re.compile(r"\bnot read\b")
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One module of the base with the module that stands in for it, tensors already chosen."""
+    """One module of the base with the module that stands in for it, tensors already chosen.
+
+    ``fused`` is what the base's files call the module that it is a part of, if any.
+    """
 
     source: str
     module: Module
     tensors: Mapping[str, TensorSpec]
+    fused: str | None = None
 
 
-def match_rules(plan: Plan, names: Iterable[str]) -> Iterator[int]:
-    """Yield for each module name the rules that match, a bit mask with the first rule lowest.
+def match_rules(plan: Plan, modules: Iterable[Module]) -> Iterator[int]:
+    """Yield for each module the rules that match, a bit mask with the first rule lowest.
 
+    A rule that matches a fused module, by the name that the files have for it, matches its parts.
     Every pattern is compiled once, so that a plan over 100,000 modules resolves in a second.
     """
     matchers = [(1 << index, compile_pattern(rule.match)) for index, rule in enumerate(plan.rules)]
-    for name in names:
+
+    def mask_of(name: str) -> int:
         mask = 0
         for bit, matches in matchers:
             if matches(name):
                 mask |= bit
+        return mask
+
+    fused: dict[str, int] = {}
+    for module in modules:
+        mask = mask_of(module.name)
+        if module.fused is not None:
+            if module.fused not in fused:
+                fused[module.fused] = mask_of(module.fused)
+            mask |= fused[module.fused]
         yield mask
 
 
@@ -77,7 +93,7 @@ def assign_sources(
         _report_index(opened, log)
     matched, won = 0, 0
     assignments: dict[str, Assignment] = {}
-    masks = match_rules(plan, base.modules)
+    masks = match_rules(plan, base.modules.values())
     for (name, module), mask in zip(base.modules.items(), masks, strict=True):
         matched |= mask
         won |= mask & -mask
@@ -88,22 +104,28 @@ def assign_sources(
             checkpoint = checkpoints.get(source)
             if checkpoint is None:
                 continue
-            found = checkpoint.modules.get(name)
+            found = checkpoint.find(name)
             if found is None:
+                spoken = _spoken_name(module)
                 if is_loaded(name, False):
-                    _report_absent(plan, rule, checkpoint, name, "error", log)
+                    _report_absent(plan, rule, checkpoint, spoken, "error", log)
                 elif is_loaded(name, True):
                     level: Level = "error" if draft else "warning"
-                    _report_absent(plan, rule, checkpoint, name, level, log)
+                    _report_absent(plan, rule, checkpoint, spoken, level, log)
                 continue
             chosen = found
         if (chosen.problems or chosen.shape != module.shape) and is_loaded(name, draft):
             _report_misfits(plan, source, module, chosen, log)
         tensors = _choose_tensors(plan, source, module, chosen, log)
         tensors = _drop_activation_scales(source, chosen, tensors, log)
-        assignments[name] = Assignment(source, chosen, tensors)
+        assignments[name] = Assignment(source, chosen, tensors, module.fused)
     _report_rules(plan, base, matched, won, log)
     return assignments
+
+
+def _spoken_name(module: Module) -> str:
+    """Return the base's own name of a module; of an expert in a tensor of all, the expert's."""
+    return module.name if module.fused is None or parse_expert(module.name) else module.fused
 
 
 def _report_index(checkpoint: Checkpoint, log: FindingLog) -> None:
@@ -228,10 +250,12 @@ def _beside_weight(module: Module) -> frozenset[str]:
 
 def _report_rules(plan: Plan, base: Checkpoint, matched: int, won: int, log: FindingLog) -> None:
     examples: dict[str, tuple[str, str]] = {}
+    fused = (module.fused for module in base.modules.values())
+    names = dict.fromkeys([*base.modules, *(name for name in fused if name is not None)])
     for index, rule in enumerate(plan.rules):
         bit = 1 << index
         if not matched & bit:
-            examples = examples or _example_names(base.modules)
+            examples = examples or _example_names(names)
             log.add(
                 "error",
                 "rule-unmatched",
@@ -250,7 +274,7 @@ def _report_rules(plan: Plan, base: Checkpoint, matched: int, won: int, log: Fin
                 noun="rules",
             )
         else:
-            _report_reach(plan, index, base.modules, log)
+            _report_reach(plan, index, names, log)
 
 
 def _report_reach(plan: Plan, index: int, modules: Iterable[str], log: FindingLog) -> None:

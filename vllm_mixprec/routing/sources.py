@@ -79,10 +79,11 @@ def config_differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> lis
 
     Returns lines such as ``hidden_size is 512, expected 256``; none where they agree.
     """
-    pairs: list[tuple[str, Any, Any]] = [
-        ("architectures", base.get("architectures"), other.get("architectures"))
-    ]
     text, other_text = text_config(base), text_config(other)
+    pairs: list[tuple[str, Any, Any]] = []
+    # A language model and the multimodal model that it is part of have architectures of their own.
+    if (text is base) == (other_text is other):
+        pairs.append(("architectures", base.get("architectures"), other.get("architectures")))
     # With MLA head_dim means nothing: transformers overwrites it with qk_rope_head_dim.
     unused = "head_dim" if "kv_lora_rank" in text else None
     pairs += [(key, text.get(key), other_text.get(key)) for key in MODEL_SIZES if key != unused]
@@ -108,7 +109,7 @@ def compare_routers(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: Find
         if not _is_router(module, num_experts):
             continue
         for name, checkpoint in checkpoints.items():
-            other = checkpoint.modules.get(module.name)
+            other = checkpoint.find(module.name)
             if name == plan.base or other is None or other.shape != module.shape:
                 continue
             if other.scheme.is_quantized:

@@ -95,7 +95,9 @@ class Widener:
             if not any(self._dims.is_loaded(name, self._layout.draft) for name in unit.modules):
                 continue
             if widening is not None:
-                self._report(unit, widening, made)
+                fused = {assignments[module].fused for module in unit.modules}
+                where = next(iter(fused)) if len(fused) == 1 else None
+                self._report(where or unit.name, widening, made)
             if decision.uncut is not None:
                 self._report_uncut(unit, decision.uncut)
             self._report_casts(made)
@@ -146,13 +148,13 @@ class Widener:
         shape = (shard.rows, shard.columns)
         return missing_kernel(self._platform, part.scheme, kind, shape, self._base_scheme.format)
 
-    def _report(self, unit: Unit, widening: _Widening, made: list[Route]) -> None:
+    def _report(self, where: str, widening: _Widening, made: list[Route]) -> None:
         if widening.refused_by is not None:
             value = "widen" if widening.refused_by == "mixed_fused" else "dequantize"
             self._log.add(
                 "error",
                 widening.code,
-                unit.name,
+                where,
                 f"{widening.reason}, and options.{widening.refused_by} is error. Route it to "
                 f"another source, or set {widening.refused_by}: {value}.",
             )
@@ -161,7 +163,7 @@ class Widener:
         self._log.add(
             "warning",
             widening.code,
-            unit.name,
+            where,
             f"{widening.reason}; dequantised to {self._base_scheme.label} at load",
             cost_bytes=cost_bytes,
         )

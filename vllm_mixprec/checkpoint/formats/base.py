@@ -105,6 +105,8 @@ class Module:
             layer. Of a module without a weight, the shape of its largest tensor.
         problems: scales missing or of the wrong count or dtype, shapes that do not fit; each
             begins with the tensor's name. Empty for a sound module.
+        fused: what the files call the module that this one is a part of, such as
+            "model.layers.0.self_attn.qkv_proj"; None for a module that is stored by itself.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Module:
     scheme: Scheme
     shape: tuple[int, ...]
     problems: tuple[str, ...]
+    fused: str | None = None
 
     @property
     def nbytes(self) -> int:

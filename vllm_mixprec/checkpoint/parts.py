@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused tensors taken apart: each expert and each projection is a module, by its byte range.
+
+Two kinds of fusing are known. All experts of a layer in one tensor of three dimensions, gate and up
+maybe in one, ``(experts, N, K)`` or, as in Llama 4 and Qwen3-VL-MoE, ``(experts, K, N)``. And
+linears that are stacked along N, ``qkv_proj`` and ``gate_up_proj``. Scales, zero points and biases
+are cut with their weight; what speaks for the whole is repeated. No data is read or copied here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig, Scheme, recognise
+from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, WEIGHTS
+from vllm_mixprec.checkpoint.formats.fp8 import SCALE_SUFFIXES
+from vllm_mixprec.checkpoint.header import TensorSpec, View
+from vllm_mixprec.errors import CheckpointError
+
+Groups = Mapping[str, dict[str, TensorSpec]]
+"""Module -> suffix -> spec, as the files name them."""
+
+# A fused linear -> its parts along N.
+_LINEARS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+# A tensor of all experts -> the projections that lie in it along N.
+_STACKS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    **{leaf: (leaf,) for leaf in ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")},
+}
+_DOWN = frozenset({"down_proj", "w2"})
+
+# What follows such a name where it is a bare parameter of ``experts`` -> the suffix that it is
+# (transformers, integrations/finegrained_fp8.py, FP8Experts).
+_BARE_SUFFIXES = {
+    "": "weight",
+    "_scale_inv": "weight_scale_inv",
+    "_scale": "weight_scale",
+    "_weight_scale_inv": "weight_scale_inv",
+    "_weight_scale": "weight_scale",
+    "_bias": "bias",
+    "_activation_scale": "input_scale",
+    "_input_scale": "input_scale",
+}
+
+# Model types that lay gate and up out in turns, row by row, so that neither is a range.
+_INTERLEAVED_TYPES = frozenset({"gpt_oss"})
+
+_TOWER = re.compile(r"(?:^|\.)(?:visual|vision|audio)")
+_SHARED = ACTIVATION_SCALES | {"g_idx", "weight_g_idx"}
+_BY_COLUMN = frozenset({"qweight", "qzeros", "scales"})
+_OF_WORDS = frozenset({"qzeros", "weight_zero_point"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One tensor of a fused linear, or of all experts as each of them sees it.
+
+    ``shape`` is what one expert has, once it is transposed where it is stored so; ``stride`` the
+    bytes from one expert to the next, 0 for what they share.
+    """
+
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    stride: int = 0
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Where a part lies within a stored tensor, ``offset`` from where an expert's begins."""
+
+    stored: _Stored
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    view: View | None
+
+    def spec(self, name: str, expert: int) -> TensorSpec:
+        whole = self.stored.spec
+        start = whole.start + expert * self.stored.stride + self.offset
+        end = start + self.nbytes
+        return TensorSpec(
+            name, whole.dtype, self.shape, whole.file, start, end, self.view, whole.stamp
+        )
+
+
+@dataclass(slots=True)
+class _Stack:
+    """The tensors of all experts of one layer: projection(s) -> suffix -> spec."""
+
+    name: str
+    members: dict[str, dict[str, TensorSpec]] = field(default_factory=dict)
+    groups: list[str] = field(default_factory=list)
+
+
+def read_modules(
+    groups: Groups, quantization: QuantizationConfig, config: Mapping[str, Any]
+) -> Iterator[Module]:
+    """Recognise the modules of a checkpoint, fused ones as the parts that they are made of.
+
+    What cannot be told apart stays one module: an ``experts`` whose layout is not known, a
+    ``qkv_proj`` of other sizes than config.json's heads.
+
+    Raises:
+        UnsupportedError, CheckpointError: as ``recognise`` does; or experts are stored twice.
+    """
+    nested = config.get("text_config")
+    text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else config
+    by_group: dict[str, _Stack] = {}
+    for stack in _gather_stacks(groups, text):
+        by_group |= dict.fromkeys(stack.groups, stack)
+    seen: set[str] = set()
+    for name, tensors in groups.items():
+        found = by_group.get(name)
+        if found is None:
+            module = recognise(name, tensors, quantization)
+            yield from _split_linear(module, text) or (module,)
+        elif found.name not in seen:
+            seen.add(found.name)
+            yield from _split_stack(found, quantization, text)
+
+
+# All experts in one tensor.
+
+
+def _gather_stacks(groups: Groups, text: Mapping[str, Any]) -> list[_Stack]:
+    """Find the layers whose experts can be told apart."""
+    if text.get("model_type") in _INTERLEAVED_TYPES:
+        return []
+    stacks: dict[str, _Stack] = {}
+    for name, tensors in groups.items():
+        parent, _, leaf = name.rpartition(".")
+        if leaf == "experts":
+            members = _bare_members(tensors)
+        elif leaf in _STACKS and parent.endswith(".experts") and _num_experts(tensors):
+            parent, members = parent.removesuffix(".experts"), {leaf: tensors}
+        else:
+            continue
+        stack = stacks.setdefault(f"{parent}.experts", _Stack(f"{parent}.experts"))
+        twice = stack.members.keys() & members.keys()
+        if twice:
+            raise CheckpointError(
+                f"{stack.name}.{min(twice)}: stored both as a parameter of {stack.name} and as a "
+                "module below it, expected one of the two. Remove one."
+            )
+        stack.groups.append(name)
+        stack.members |= members
+    return [
+        stack
+        for stack in stacks.values()
+        if stack.members
+        and len({_num_experts(tensors) for tensors in stack.members.values()} - {0}) == 1
+        and all(_num_experts(tensors) for tensors in stack.members.values())
+        and _is_transposed(stack, text) is not None
+    ]
+
+
+def _bare_members(tensors: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
+    """Sort the bare parameters of ``experts`` by projection; none where one is not known."""
+    members: dict[str, dict[str, TensorSpec]] = {}
+    for parameter, spec in tensors.items():
+        for leaf in _STACKS:
+            suffix = _BARE_SUFFIXES.get(parameter.removeprefix(leaf))
+            if parameter.startswith(leaf) and suffix is not None:
+                members.setdefault(leaf, {})[suffix] = spec
+                break
+        else:
+            return {}
+    return members
+
+
+def _num_experts(tensors: Mapping[str, TensorSpec]) -> int:
+    """Return how many experts a weight of three dimensions holds, 0 when there is none."""
+    weight = next((tensors[suffix] for suffix in WEIGHTS if suffix in tensors), None)
+    return weight.shape[0] if weight is not None and len(weight.shape) == 3 else 0
+
+
+def _is_transposed(stack: _Stack, text: Mapping[str, Any]) -> bool | None:
+    """Tell ``(experts, K, N)`` from ``(experts, N, K)`` by the sizes; None where neither fits."""
+    shapes = {
+        leaf: tensors["weight"].shape[1:]
+        for leaf, tensors in stack.members.items()
+        if "weight" in tensors
+    }
+    if not shapes:
+        return False  # packed integers, which have one layout
+    fitting = [
+        transposed
+        for transposed in (False, True)
+        if _sizes_agree(shapes, transposed, text.get("hidden_size"))
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _sizes_agree(
+    shapes: Mapping[str, tuple[int, ...]], transposed: bool, hidden: int | None
+) -> bool:
+    """Whether all weights have the same hidden and inner size in one of the two layouts."""
+    sizes = set()
+    for leaf, shape in shapes.items():
+        n, k = reversed(shape) if transposed else shape
+        if leaf in _DOWN:
+            sizes.add((n, k))
+            continue
+        inner, left = divmod(n, len(_STACKS[leaf]))
+        if left:
+            return False
+        sizes.add((k, inner))
+    return len(sizes) == 1 and hidden in (None, next(iter(sizes))[0])
+
+
+def _split_stack(
+    stack: _Stack, quantization: QuantizationConfig, text: Mapping[str, Any]
+) -> Iterator[Module]:
+    transposed = _is_transposed(stack, text) is True
+    for leaf, tensors in stack.members.items():
+        fused, experts = f"{stack.name}.{leaf}", _num_experts(tensors)
+        stored = {
+            suffix: _of_one_expert(spec, experts, transposed) for suffix, spec in tensors.items()
+        }
+        one = recognise(
+            fused,
+            {
+                suffix: piece.spec._replace(name=f"{fused}.{suffix}", shape=piece.shape)
+                for suffix, piece in stored.items()
+            },
+            quantization,
+        )
+        rows = one.shape[0] // len(_STACKS[leaf])
+        cuts = [
+            (part, *_cut(one, stored, part, range(number * rows, (number + 1) * rows)))
+            for number, part in enumerate(_STACKS[leaf])
+        ]
+        for expert in range(experts):
+            for part, pieces, problems in cuts:
+                name = f"{stack.name}.{expert}.{part}"
+                yield _make_part(one, name, expert, rows, pieces, problems)
+
+
+def _of_one_expert(spec: TensorSpec, experts: int, transposed: bool) -> _Stored:
+    """Describe what one expert has of a tensor: its slice, or all of what they share."""
+    if spec.shape[:1] != (experts,):
+        return _Stored(spec, spec.shape)
+    shape, stride = spec.shape[1:], (spec.end - spec.start) // experts
+    swapped = transposed and len(shape) == 2
+    return _Stored(spec, shape[::-1] if swapped else shape, stride, swapped)
+
+
+# Linears stacked along N.
+
+
+def _split_linear(module: Module, text: Mapping[str, Any]) -> list[Module]:
+    """Take a fused linear of the language model apart; nothing for any other module."""
+    parent, _, leaf = module.name.rpartition(".")
+    if leaf not in _LINEARS or len(module.shape) != 2:
+        return []
+    if "layers." not in module.name or _TOWER.search(module.name):
+        return []
+    sizes = _part_sizes(leaf, module.shape[0], text)
+    stored = {suffix: _Stored(spec, spec.shape) for suffix, spec in module.tensors.items()}
+    parts, first = [], 0
+    for part, rows in zip(_LINEARS[leaf], sizes, strict=False):
+        pieces, problems = _cut(module, stored, part, range(first, first + rows))
+        parts.append(_make_part(module, f"{parent}.{part}", 0, rows, pieces, problems))
+        first += rows
+    return parts
+
+
+def _part_sizes(leaf: str, rows: int, text: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the rows of each part; none where they cannot be told."""
+    if leaf == "gate_up_proj":
+        return () if rows % 2 else (rows // 2, rows // 2)
+    heads, head_dim = text.get("num_attention_heads"), text.get("head_dim")
+    kv_heads = text.get("num_key_value_heads", heads)
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads + 2 * kv_heads <= 0:
+        return ()
+    size, left = divmod(rows, heads + 2 * kv_heads)
+    if left or head_dim not in (None, size):
+        return ()
+    return heads * size, kv_heads * size, kv_heads * size
+
+
+# What both have in common: rows of a module, cut out of all its tensors.
+
+
+def _make_part(
+    fused: Module,
+    name: str,
+    expert: int,
+    rows: int,
+    pieces: Mapping[str, _Piece],
+    problems: tuple[str, ...],
+) -> Module:
+    tensors = {suffix: piece.spec(f"{name}.{suffix}", expert) for suffix, piece in pieces.items()}
+    return Module(name, tensors, fused.scheme, (rows, fused.shape[1]), problems, fused.name)
+
+
+def _cut(
+    fused: Module, stored: Mapping[str, _Stored], part: str, rows: range
+) -> tuple[dict[str, _Piece], tuple[str, ...]]:
+    """Cut some rows out of every tensor of a module; also say what cannot be cut there."""
+    pieces: dict[str, _Piece] = {}
+    problems = fused.problems
+    for suffix, tensor in stored.items():
+        piece = _piece(fused, suffix, tensor, rows)
+        if piece is not None:
+            pieces[suffix] = piece
+        elif not fused.problems:
+            per_entry = _rows_per_entry(suffix, tensor.shape, fused)
+            problems += (
+                f"{fused.name}.{suffix}: rows {rows.start} to {rows.stop - 1} of "
+                f"{fused.shape[0]} are {part}, but {per_entry} rows share an entry of "
+                f"{list(tensor.shape)}; expected each part to begin with one. Choose a source that "
+                "stores the parts apart.",
+            )
+    return pieces, problems
+
+
+def _piece(fused: Module, suffix: str, tensor: _Stored, rows: range) -> _Piece | None:
+    """Return the part of a tensor that belongs to rows of its module, None where none does."""
+    shape, spec = tensor.shape, tensor.spec
+    nbytes = tensor.stride or spec.end - spec.start
+    if suffix == "weight_shape":
+        values = (len(rows), fused.shape[1])
+        return _Piece(tensor, 0, nbytes, shape, View(shape, values=values))
+    as_stored = shape[::-1] if tensor.transposed else shape
+    whole = View(as_stored, transposed=True) if tensor.transposed else None
+    if suffix in _SHARED or len(rows) == fused.shape[0] or math.prod(shape) == 1:
+        return _Piece(tensor, 0, nbytes, shape, whole)
+    axis = 1 if suffix in _BY_COLUMN else 0
+    entries = _entries(suffix, shape, axis, fused, rows)
+    if entries is None:
+        return None
+    cut = (*shape[:axis], len(entries), *shape[axis + 1 :])
+    if (axis == 1) != tensor.transposed:
+        columns = (entries.start, entries.stop)
+        return _Piece(tensor, 0, nbytes, cut, View(as_stored, columns, tensor.transposed))
+    each = nbytes // as_stored[0]
+    view = View(cut[::-1], transposed=True) if tensor.transposed else None
+    return _Piece(tensor, entries.start * each, len(entries) * each, cut, view)
+
+
+def _entries(
+    suffix: str, shape: tuple[int, ...], axis: int, fused: Module, rows: range
+) -> range | None:
+    """Return which entries along N of a tensor belong to some rows; None where one is cut."""
+    if len(shape) <= axis:
+        return None
+    per_entry = _rows_per_entry(suffix, shape, fused)
+    first, last = rows.start // per_entry, -(-rows.stop // per_entry)
+    if last > shape[axis]:
+        return None  # the module's problems say what is wrong with its shape
+    if suffix in SCALE_SUFFIXES:
+        # A scale stands for each of its rows, in whichever part they are.
+        starts_whole = rows.start % per_entry == 0 or last - first == 1
+        return range(first, last) if starts_whole else None
+    is_whole = rows.start % per_entry == 0 and (
+        rows.stop % per_entry == 0 or rows.stop == fused.shape[0]
+    )
+    return range(first, last) if is_whole else None
+
+
+def _rows_per_entry(suffix: str, shape: tuple[int, ...], fused: Module) -> int:
+    """Return how many rows of the weight one entry of a tensor stands for."""
+    scheme: Scheme = fused.scheme
+    if suffix in SCALE_SUFFIXES and scheme.block is not None:
+        return scheme.block[0]
+    is_packed = suffix in _OF_WORDS or (suffix == "qweight" and scheme.format == "awq")
+    return 32 // scheme.bits if is_packed else 1
