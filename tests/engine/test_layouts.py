@@ -28,13 +28,13 @@ SHORT_STEPS = {"max_num_batched_tokens": 128}
 
 # Layout of two ranks -> options, mixes.
 TWO_RANKS: dict[str, tuple[dict, list[str]]] = {
-    "tp2": (TP2 | EAGER, ALL),
-    "tp2-ep": (TP2 | EP | EAGER, GROUPS),
-    "pp2": (PP2 | EAGER, ALL),
-    "pp2-uneven": (PP2 | EAGER, ["experts-three-ways", "layers-apart"]),
     "dp2": (DP2 | SHORT_STEPS | EAGER, ["bf16", *GROUPS]),
     "dp2-ep": (DP2 | EP | SHORT_STEPS | EAGER, ["bf16", *GROUPS]),
     "dp2-ep-compiled": (DP2 | EP | SHORT_STEPS, ["four-groups"]),
+    "tp2-ep": (TP2 | EP | EAGER, GROUPS),
+    "pp2-uneven": (PP2 | EAGER, ["experts-three-ways", "layers-apart"]),
+    "tp2": (TP2 | EAGER, ALL),
+    "pp2": (PP2 | EAGER, ALL),
 }
 # An engine starts in a third of the time when it is not compiled.
 CASES = {
@@ -108,10 +108,12 @@ def test_log_probs_match_float32(results, layout):
 
 @pytest.mark.parametrize("layout", TWO_RANKS)
 def test_log_probs_are_those_of_one_process(results, layout):
-    for name in set(CASES[layout]) & set(GROUPS):
+    for name in CASES[layout]:
         one = log_probs(results("eager")[name])
         found = (log_probs(results(layout)[name]) - one).abs()
         print(f"{layout:16} {name:20} mean {found.mean():.4f}, most {found.max():.4f}")
+        # Not the most: a token whose router is near a tie may go to another expert.
+        assert found.mean() <= BY_NAME[name].bound
 
 
 def test_another_mix_is_noticed(results):
@@ -157,16 +159,25 @@ def test_stages_are_as_uneven_as_asked(results):
     assert layers == [{0}, {1, 2}]
 
 
+def formats(worker: dict) -> set[str]:
+    """Formats of the groups that a worker's first layer has."""
+    groups: dict[str, set[str]] = {}
+    for name in worker["parameters"]:
+        group, _, parameter = name.rpartition(".")
+        if ".layers.0." in name and ".group" in group:
+            groups.setdefault(group, set()).add(parameter)
+    return {
+        "int4" if "w13_qweight" in held else "fp8" if "w13_weight_scale_inv" in held else "bf16"
+        for held in groups.values()
+    }
+
+
 @pytest.mark.parametrize("layout", ["tp2-ep", "dp2-ep"])
-def test_expert_parallel_rank_lacks_a_format(results, layout):
+def test_a_rank_without_experts_of_a_format_has_no_group_for_it(results, layout):
     workers = results(layout)["odd-groups"]["workers"]
-    formats = {"w13_qweight", "w13_weight_scale_inv", "w13_weight"}
-    held = [
-        formats & {name.rpartition(".")[2] for name in worker["parameters"]} for worker in workers
-    ]
-    assert "w13_qweight" in held[0] and "w13_qweight" not in held[1]
-    packed = [sum("group" in name for name in worker["parameters"]) for worker in workers]
-    print(packed, held)
+    assert [formats(worker) for worker in workers] == [{"fp8", "int4"}, {"fp8", "bf16"}]
+    (alone,) = results("eager")["odd-groups"]["workers"]
+    assert formats(alone) == {"fp8", "int4", "bf16"}
 
 
 def widened(result: dict) -> set[str]:
@@ -189,9 +200,8 @@ def test_fused_parts_apart_are_widened_and_nothing_else(results, layout):
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
 def test_experts_are_widened_where_a_cut_demands_it(results, layout):
-    # Random model: intermediate 128 over two ranks cuts blocks and groups of 128, not groups of 64.
+    # Random model: intermediate 128 over two ranks cuts blocks of 128, not groups of 64.
     found = widened(results(layout)["four-groups"])
-    assert "model.layers.0.mlp.experts.0.down_proj" in found
     assert "model.layers.0.mlp.experts.4.gate_proj" in found
     assert "model.layers.0.mlp.experts.2.down_proj" not in found
     # Demo model: 256 over two ranks cuts no expert's block.
