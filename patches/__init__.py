@@ -49,7 +49,8 @@ def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> No
     names = ["reload_end"]
     if "DeepseekForCausalLM" in architectures:
         names.append("deepseek_mha_names")
-    stages = vllm_config.parallel_config.pipeline_parallel_size
+    parallel = vllm_config.parallel_config
+    stages = parallel.pipeline_parallel_size
     if vllm_config.speculative_config is not None and stages > 1:
         names.append("draft_stages")
     model = vllm_config.model_config
@@ -57,6 +58,8 @@ def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> No
         names.append("cpu_rotary")
     if current_platform.is_cpu() and stages > 1:
         names.append("cpu_stages")
+    if current_platform.is_cpu() and parallel.data_parallel_size > 1:
+        names.append("cpu_data_parallel")
     for name in names:
         patch: Patch = importlib.import_module(f"vllm_mixprec.patches.{name}").PATCH
         if patch.apply is not None and patch.needed():
@@ -67,6 +70,7 @@ def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> No
 def patches() -> tuple[Patch, ...]:
     """Return every patch; imports vLLM's models."""
     from vllm_mixprec.patches import (
+        cpu_data_parallel,
         cpu_rotary,
         cpu_stages,
         deepseek_mha_names,
@@ -81,6 +85,7 @@ def patches() -> tuple[Patch, ...]:
     )
 
     return (
+        cpu_data_parallel.PATCH,
         cpu_rotary.PATCH,
         cpu_stages.PATCH,
         deepseek_mha_names.PATCH,

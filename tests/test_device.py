@@ -4,7 +4,7 @@
 from types import SimpleNamespace
 
 import pytest
-from vllm.config import OffloadConfig
+from vllm.config import OffloadConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.loading.serving import make_plan, needs_cpu, write_base
@@ -19,7 +19,7 @@ def config(**offload) -> SimpleNamespace:
     return SimpleNamespace(
         offload_config=OffloadConfig(**offload),
         cache_config=SimpleNamespace(gpu_memory_utilization=0.9),
-        parallel_config=SimpleNamespace(nnodes=1),
+        parallel_config=ParallelConfig(),
     )
 
 

@@ -10,7 +10,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.loading.serving import make_plan, needs_cpu, write_base
 from vllm_mixprec import compose
-from vllm_mixprec.quant.config import LOAD_FORMAT, METHOD
+from vllm_mixprec.quant.config import LOAD_FORMAT, METHOD, layout_of
+from vllm_mixprec.routing import Layout
 
 pytestmark = needs_cpu
 
@@ -41,3 +42,12 @@ def test_load_config_beside_an_own_draft_is_dropped_with_a_warning(
     config = draft(tmp_path, draft_load_config={"load_format": "dummy"})
     assert config.speculative_config.draft_load_config is None
     assert [r.levelname for r in caplog.records if SAID in r.getMessage()] == ["WARNING"]
+
+
+def test_replicas_share_experts_in_the_layout_that_is_checked(tmp_path: Path) -> None:
+    compose(make_plan(write_base(tmp_path / "base"), {}, {}), tmp_path / "mixed")
+    config = EngineArgs(
+        str(tmp_path / "mixed"), skip_tokenizer_init=True, max_model_len=64, data_parallel_size=2
+    ).create_engine_config()
+    assert config.load_config.load_format == LOAD_FORMAT
+    assert layout_of(config) == Layout(data_parallel_size=2)

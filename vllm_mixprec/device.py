@@ -65,7 +65,7 @@ def refuse_too_little_memory(vllm_config: "VllmConfig", bytes_per_rank: Sequence
     """Refuse a plan whose weights alone are more than the memory that they may take.
 
     Args:
-        bytes_per_rank: as ``check`` reports them, by pp_rank * tp size + tp_rank.
+        bytes_per_rank: as ``check`` reports them, by rank.
 
     Raises:
         UnsupportedError: they do not fit, with the numbers.
@@ -85,7 +85,11 @@ def refuse_too_little_memory(vllm_config: "VllmConfig", bytes_per_rank: Sequence
             f"leaves of the GPU's {total / _GIB:.1f} GiB. Use more tensor- or pipeline-parallel "
             "ranks, route more experts to fewer bits, or offload"
         )
-    if current_platform.is_cpu() and vllm_config.parallel_config.nnodes == 1:
+    parallel = vllm_config.parallel_config
+    local = (
+        parallel.nnodes == 1 and parallel.data_parallel_size_local == parallel.data_parallel_size
+    )
+    if current_platform.is_cpu() and local:
         total, needed = psutil.virtual_memory().total, sum(bytes_per_rank)
         if needed > total:
             raise UnsupportedError(

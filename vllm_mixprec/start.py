@@ -66,6 +66,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         pipeline_parallel_size=layout.pipeline_parallel_size,
         expert_parallel=layout.expert_parallel,
         draft=layout.draft,
+        data_parallel_size=layout.data_parallel_size,
         platform=usable_platform(),
         dtype=dtype_of(vllm_config),
     )
@@ -153,12 +154,11 @@ def _prepare_draft(
 def _refuse_parallelism(vllm_config: VllmConfig) -> None:
     """Refuse the layouts that routing does not know how vLLM cuts."""
     parallel = vllm_config.parallel_config
-    replicas = parallel.data_parallel_size * parallel.prefill_context_parallel_size
-    if replicas > 1 and not parallel.enable_expert_parallel:
+    parts = parallel.prefill_context_parallel_size
+    if parts > 1 and not parallel.enable_expert_parallel:
         raise UnsupportedError(
-            f"{replicas} data- or context-parallel ranks cut every expert {replicas} times more; "
-            "expected 1 for a mixed model. Add --enable-expert-parallel, or start one server a "
-            "replica"
+            f"{parts} prefill-context-parallel ranks cut every expert {parts} times more; "
+            "expected 1 for a mixed model. Add --enable-expert-parallel"
         )
     if parallel.enable_eplb:
         raise UnsupportedError(

@@ -3,7 +3,6 @@
 
 from functools import cache
 
-import pytest
 import torch
 
 from tests.engine import reference
@@ -39,20 +38,3 @@ def expected(mix: Mix) -> torch.Tensor:
     """Return (tokens,) log-probabilities of transformers in float32 for a mix."""
     config = SOURCES[mix.model]["bf16"]
     return reference.log_probs(config, reference_weights(mix), prompts(mix.model))
-
-
-@pytest.fixture(scope="session")
-def jobs_of(tmp_path_factory):
-    """Compose every mix once; returns the jobs for the engines' runner."""
-    from tests.engine.harness import compose_plan
-    from tests.engine.mixes import MIXES
-
-    folder = tmp_path_factory.mktemp("composed")
-    return [
-        {
-            "name": mix.name,
-            "model": str(compose_plan(folder / mix.name, mix.plan())),
-            "prompts": prompts(mix.model),
-        }
-        for mix in MIXES
-    ]

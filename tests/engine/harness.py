@@ -59,35 +59,40 @@ def run_engines(folder: Path, jobs: list[dict], workers: int = 1, **options) -> 
     return json.loads(result_file.read_text())
 
 
-def run_stages(folder: Path, jobs: list[dict], **options) -> dict:
-    """Run ``jobs`` in two pipeline stages, each an engine in a process that stays for all of them.
+def run_ranks(folder: Path, jobs: list[dict], **options) -> dict:
+    """Run ``jobs`` on two ranks, each an engine in a process that stays for all of them.
 
     The way of vLLM's ``external_launcher``, for torchrun: it spares the 20 s in which the workers
-    of every engine import vLLM again. Log-probabilities are the last stage's, which alone has them.
+    of every engine import vLLM again. What the ranks are to each other, each job may say in its own
+    options. Of tensor-parallel ranks the log-probabilities are the last one's, of stages too, which
+    alone has them; of data-parallel ranks they are both ranks', in the prompts' order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     layout = {
-        "pipeline_parallel_size": 2,
         "distributed_executor_backend": "external_launcher",
         "worker_cls": "tests.engine.stages.StageWorker",
-        "distributed_timeout_seconds": 120,  # when one stage fails and the other waits for it
-        "enable_prefix_caching": False,  # both stages must schedule alike
+        "distributed_timeout_seconds": 120,  # when one rank fails and the other waits for it
+        "enable_prefix_caching": False,  # both ranks must schedule alike
     }
     run = uuid.uuid4().hex
     jobs = [
-        job | {"environment": {"STAGES_MEET_AT": str(folder / f"{run}-{number}")}}
+        job
+        | {
+            "environment": job.get("environment", {})
+            | {"STAGES_MEET_AT": str(folder / f"{run}-{number}")}
+        }
         for number, job in enumerate(jobs)
     ]
     work = {"engine": ENGINE | layout | options, "jobs": jobs}
     (folder / "jobs.json").write_text(json.dumps(work))
-    stages = []
+    ranks = []
     for rank in ("0", "1"):
         environment = ENVIRONMENT | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        with (folder / f"stage{rank}.log").open("w") as log:
-            stages.append(
+        with (folder / f"rank{rank}.log").open("w") as log:
+            ranks.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.engine.runner"]
-                    + [folder / "jobs.json", folder / f"stage{rank}.json"],
+                    + [folder / "jobs.json", folder / f"rank{rank}.json"],
                     cwd=ROOT,
                     env=os.environ | environment | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
                     stdout=log,
@@ -95,20 +100,31 @@ def run_stages(folder: Path, jobs: list[dict], **options) -> dict:
                 )
             )
     try:
-        codes = [stage.wait(timeout=1800) for stage in stages]
+        codes = [rank.wait(timeout=1800) for rank in ranks]
     finally:
-        for stage in stages:
-            stage.kill()
-        # What a stage that was killed leaves behind.
+        for rank in ranks:
+            rank.kill()
+        # What a rank that was killed leaves behind.
         for left in Path("/dev/shm").glob(f"{run}-*"):
             left.unlink(missing_ok=True)
     if any(codes):
-        logs = "\n".join((folder / f"stage{r}.log").read_text()[-3000:] for r in (0, 1))
-        raise AssertionError(f"the stages' processes exited {codes}:\n{logs}")
-    first, last = (json.loads((folder / f"stage{r}.json").read_text()) for r in (0, 1))
-    return {
-        name: first[name]
-        if "error" in first[name]
-        else result | {"workers": first[name]["workers"] + result.get("workers", [])}
-        for name, result in last.items()
-    }
+        logs = "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in (0, 1))
+        raise AssertionError(f"the ranks' processes exited {codes}:\n{logs}")
+    first, last = (json.loads((folder / f"rank{r}.json").read_text()) for r in (0, 1))
+    return {job["name"]: _join(first[job["name"]], last[job["name"]]) for job in jobs}
+
+
+def _join(first: dict, last: dict) -> dict:
+    """Put together what two ranks say of one job."""
+    for result in (first, last):
+        if "error" in result:
+            return result
+    joined = last | {"workers": first["workers"] + last["workers"]}
+    if last["replicas"] > 1:
+        joined["log_probs"] = first["log_probs"] + last["log_probs"]
+    return joined
+
+
+def run_stages(folder: Path, jobs: list[dict], **options) -> dict:
+    """Run ``jobs`` in two pipeline stages: :func:`run_ranks`."""
+    return run_ranks(folder, jobs, pipeline_parallel_size=2, **options)

@@ -82,6 +82,10 @@ def _fused_apart(name: str) -> str:
     return "bf16"
 
 
+def _odd_groups(name: str) -> str:
+    return {0: "fp8", 1: "fp8", 2: "fp8", 3: "gptq", 4: "fp8"}.get(expert(name), "bf16")
+
+
 def _four_groups(name: str) -> str:
     if expert(name) < 0:
         return "gptq-asym" if attention(name) else "bf16"
@@ -152,3 +156,16 @@ MIXES = [
         WEIGHTS_ONLY,
     ),
 ]
+
+# Of two expert-parallel ranks the first has no BF16 expert, the second none in int4, and the FP8
+# ones are three and one; of four-groups' ranks, each has all experts of two formats.
+ODD_GROUPS = Mix(
+    "odd-groups",
+    "random",
+    (
+        ("**.experts.3", "gptq"),
+        ("**.experts.{0-4}", "fp8"),
+    ),
+    _odd_groups,
+    ROUNDED_ACTIVATIONS,
+)

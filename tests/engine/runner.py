@@ -15,7 +15,10 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def loaded_modules(worker) -> dict:
@@ -38,15 +41,24 @@ def loaded_modules(worker) -> dict:
 
 
 def log_probs(llm, job: dict) -> dict:
-    """Score the prompts, all in one batch; a first stage in its own engine only lends a hand."""
+    """Score the prompts, all in one batch; a first stage in its own engine only lends a hand.
+
+    Of two data-parallel engines the first scores the first prompt, the second all others, so that
+    their batches differ and the first is idle at the end.
+    """
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    scores = os.environ.get("RANK", "1") == "1"
+    parallel = llm.llm_engine.vllm_config.parallel_config
+    replicas = parallel.data_parallel_size
+    scores = parallel.pipeline_parallel_size == 1 or os.environ.get("RANK", "1") == "1"
+    own = slice(None)
+    if replicas > 1:
+        own = slice(1, None) if parallel.data_parallel_rank else slice(1)
     parameters = SamplingParams(
         prompt_logprobs=0 if scores else None, max_tokens=1, detokenize=False
     )
-    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
+    prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"][own]]
     found = [
         entry[token].logprob
         for output in llm.generate(prompts, parameters, use_tqdm=False)
@@ -54,7 +66,8 @@ def log_probs(llm, job: dict) -> dict:
             output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=scores
         )
     ]
-    return {"log_probs": found, "workers": llm.collective_rpc(loaded_modules)}
+    workers = llm.collective_rpc(loaded_modules)
+    return {"log_probs": found, "workers": workers, "replicas": replicas}
 
 
 def greedy(llm, job: dict) -> dict:
@@ -78,25 +91,20 @@ def greedy(llm, job: dict) -> dict:
     return {"tokens": tokens, **drafts}
 
 
-def run(job: dict, options: dict) -> dict:
+@contextmanager
+def engine(model: str, options: dict, environment: dict | None = None) -> Iterator[Any]:
+    """Start an engine in this process, and take back what it leaves there."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.models.utils import _model_to_pp_missing_layer_names
 
-    environment = os.environ.copy()  # vLLM sets variables that would outlast the job
-    os.environ |= job.get("environment", {})
-    begun = time.monotonic()
+    gc.collect()  # the engine before, which its user held until now
+    before = os.environ.copy()  # vLLM sets variables that would outlast the engine
+    os.environ |= environment or {}
     llm = None
     try:
-        llm = LLM(job["model"], **options | job.get("options", {}))
-        started = time.monotonic()
-        result = greedy(llm, job) if "new_tokens" in job else log_probs(llm, job)
-        mode = llm.llm_engine.vllm_config.compilation_config.mode
-        return result | {
-            "compiled": bool(mode),  # CompilationMode.NONE is 0
-            "start_s": started - begun,
-            "run_s": time.monotonic() - started,
-        }
+        llm = LLM(model, **options)
+        yield llm
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
@@ -107,7 +115,20 @@ def run(job: dict, options: dict) -> dict:
         _model_to_pp_missing_layer_names.clear()
         cleanup_dist_env_and_memory()
         os.environ.clear()
-        os.environ |= environment
+        os.environ |= before
+
+
+def run(job: dict, options: dict) -> dict:
+    begun = time.monotonic()
+    with engine(job["model"], options | job.get("options", {}), job.get("environment")) as llm:
+        started = time.monotonic()
+        result = greedy(llm, job) if "new_tokens" in job else log_probs(llm, job)
+        mode = llm.llm_engine.vllm_config.compilation_config.mode
+        return result | {
+            "compiled": bool(mode),  # CompilationMode.NONE is 0
+            "start_s": started - begun,
+            "run_s": time.monotonic() - started,
+        }
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker for :func:`tests.engine.harness.run_stages`, with a meeting place for each engine."""
+"""A worker for :func:`tests.engine.harness.run_ranks`, with a meeting place for each engine."""
 
 import os
 

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,33 +69,41 @@ LAYOUTS: dict[str, tuple[str, dict, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Run a layout's engine when it is first asked for."""
+    """Run a layout's engine when it is first asked for; those of one process share theirs."""
+    alone = tuple(
+        name for name, (_, options, _) in LAYOUTS.items() if ONE_PROCESS.items() <= options.items()
+    )
 
     @cache
-    def run(layout: str) -> tuple[subprocess.CompletedProcess, Path]:
-        model, options, scenarios = LAYOUTS[layout]
-        folder = tmp_path_factory.mktemp(layout.replace(" ", "-"))
+    def run(layouts: tuple[str, ...]) -> tuple[dict, str]:
+        folder = tmp_path_factory.mktemp(layouts[0].replace(" ", "-"))
         mixes = {mix.name: mix for mix in MIXES} | BY_NAME
-        path = compose_plan(folder / "m", mixes[model].plan()) if model in mixes else RANDOM
-        job = {"model": str(path), "options": ENGINE | options, "scenarios": scenarios}
-        (folder / "job.json").write_text(json.dumps(job))
-        two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-        environment = ENVIRONMENT | ({} if ONE_PROCESS.items() <= options.items() else two)
+        jobs = {}
+        for layout in layouts:
+            model, options, scenarios = LAYOUTS[layout]
+            path = RANDOM
+            if model in mixes:
+                path = compose_plan(folder / layout.replace(" ", "-"), mixes[model].plan())
+            options = ENGINE | options
+            jobs[layout] = {"model": str(path), "options": options, "scenarios": scenarios}
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        two = {} if layouts == alone else {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
         done = subprocess.run(
-            [sys.executable, "-m", "tests.experts.counting", folder / "job.json", folder / "out"],
+            [sys.executable, "-m", "tests.experts.counting", folder / "jobs.json", folder / "out"],
             cwd=ROOT,
-            env=os.environ | environment,
+            env=os.environ | ENVIRONMENT | two,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,  # the workers' tracebacks are in vLLM's log, on stdout
             text=True,
             timeout=600,
         )
-        return done, folder / "out"
+        assert done.returncode == 0, first_problem(done.stdout)
+        return json.loads((folder / "out").read_text()), done.stdout
 
     def result(layout: str) -> dict:
-        done, out = run(layout)
-        assert done.returncode == 0, first_problem(done.stdout)
-        return json.loads(out.read_text())
+        found, log = run(alone if layout in alone else (layout,))
+        assert "error" not in found[layout], f"{found[layout]['error']}\n{first_problem(log)}"
+        return found[layout]
 
     return result
 

@@ -2,6 +2,7 @@
 """Experts that the CPU's kernels cannot compute are refused, or left to stock vLLM."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
@@ -11,7 +12,9 @@ from tests.loading.serving import moe_layers, serve, write_base
 from vllm_mixprec.checkpoint import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant import cpu
+from vllm_mixprec.quant.experts import MixedExpertsMethod
 from vllm_mixprec.quant.methods import experts_method
+from vllm_mixprec.routing import ExpertGroup
 from vllm_mixprec.routing.kernels import Platform
 
 BF16 = Scheme("bf16", 16)
@@ -89,3 +92,27 @@ def test_biases_are_refused(experts: RoutedExperts, monkeypatch: pytest.MonkeyPa
     match = r"activation 'silu' and biases have no gptq int4 g128 kernel"
     with pytest.raises(UnsupportedError, match=match):
         cpu.CpuInt4ExpertsMethod(INT4, experts)
+
+
+def test_stock_experts_over_expert_parallel_ranks_are_refused(
+    experts: RoutedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's kernel dies there; ours takes the experts of its own rank."""
+    parallel = replace(experts.moe_config.moe_parallel_config, use_ep=True, ep_size=2)
+    monkeypatch.setattr(experts.moe_config, "moe_parallel_config", parallel)
+    made = experts_method(BF16, AVX512, experts, experts.layer_name)
+    assert isinstance(made, cpu.CpuBf16ExpertsMethod)
+    monkeypatch.setattr(experts, "swiglu_limit", 7.0)
+    with pytest.raises(UnsupportedError, match=r"--enable-expert-parallel with vLLM's own CPU"):
+        experts_method(BF16, AVX512, experts, experts.layer_name)
+
+
+def test_groups_of_a_layer_share_tokens_of_replicas_on_a_cpu_only(
+    experts: RoutedExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parallel = replace(experts.moe_config.moe_parallel_config, dp_size=2)
+    monkeypatch.setattr(experts.moe_config, "moe_parallel_config", parallel)
+    groups = (ExpertGroup(BF16, (0, 1)), ExpertGroup(FP8, (2, 3)))
+    assert MixedExpertsMethod(groups, AVX512, experts).groups == groups
+    with pytest.raises(UnsupportedError, match=r"experts in 2 formats over 2 data-parallel and 1"):
+        MixedExpertsMethod(groups, Platform("cuda-90"), experts)

@@ -24,8 +24,16 @@ rules:
 """
 
 
-def check_here(plan: Plan, *sizes: int, expert_parallel: bool = False) -> Report:
-    return check(plan, *sizes, expert_parallel=expert_parallel, platform=CPU)
+def check_here(
+    plan: Plan, *sizes: int, expert_parallel: bool = False, data_parallel_size: int = 1
+) -> Report:
+    return check(
+        plan,
+        *sizes,
+        expert_parallel=expert_parallel,
+        data_parallel_size=data_parallel_size,
+        platform=CPU,
+    )
 
 
 def check_yaml(models: Path, *rules: str) -> Report:
@@ -566,6 +574,42 @@ def test_bytes_per_rank_under_expert_parallelism_follow_the_experts() -> None:
         for source in ("gptq", "bf16")
     }
     assert plain - packed == sizes["bf16"] - sizes["gptq"]
+
+
+@pytest.mark.parametrize(("tp_size", "expert_parallel"), [(1, False), (1, True), (2, True)])
+def test_bytes_per_rank_of_replicas_share_the_experts(tp_size: int, expert_parallel: bool) -> None:
+    """Two replicas of four experts each, or of half of each expert, and all else twice."""
+    plan = make_plan(("**.experts.{0-3}", "gptq-asym"))
+    one = check_here(plan, tp_size, expert_parallel=expert_parallel)
+    two = check_here(plan, tp_size, 2, expert_parallel=expert_parallel, data_parallel_size=2)
+    assert one.table is not None and two.table is not None
+    experts = [route for module, route in two.table.routes.items() if ".experts." in module]
+    experts_bytes = sum(route.served_bytes for route in experts)
+    assert len(two.bytes_per_rank) == 4 * tp_size
+    # The order of K, which is not cut, is on both ranks that have a part of an expert.
+    g_idx = [route.tensors["g_idx"].nbytes for route in experts if "g_idx" in route.tensors]
+    twice = 0 if expert_parallel else sum(nbytes for nbytes in g_idx if nbytes == 256 * 4)
+    assert sum(two.bytes_per_rank) == 2 * sum(one.bytes_per_rank) - experts_bytes + twice
+    first, second = two.bytes_per_rank[: 2 * tp_size], two.bytes_per_rank[2 * tp_size :]
+    assert (first == second) is not expert_parallel
+
+
+def test_cut_over_replicas_widens_experts_and_nothing_else() -> None:
+    rules = (("**.experts.0", "fp8"), ("**.self_attn.*_proj", "fp8"))
+    report = check_here(make_plan(*rules), data_parallel_size=2)
+    assert report.table is not None
+    widened = {module for module, route in report.table.routes.items() if route.widened}
+    assert widened and all(".experts.0." in module for module in widened)
+    assert report.to_dict()["data_parallel_size"] == 2
+
+
+def test_replicas_that_cannot_share_an_expert_are_an_error() -> None:
+    report = check_here(make_plan(), data_parallel_size=3)
+    (message,) = {f.message for f in report.findings if "down_proj" in f.where}
+    assert message.startswith(
+        "tensor parallel size 1 in each of 3 data-parallel replicas does not fit: 128 columns "
+        "cannot be cut into 3 equal parts. Choose another size."
+    )
 
 
 @pytest.mark.parametrize("source", ["bf16", "fp8"])

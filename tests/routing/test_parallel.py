@@ -64,6 +64,15 @@ def test_experts_are_whole_under_expert_parallelism() -> None:
     assert shard("gate_proj", (128, 256), 8, ep=True).rows == 16  # a shared expert is cut
 
 
+def test_data_parallel_replicas_share_one_set_of_experts() -> None:
+    layout = Layout(tensor_parallel_size=2, data_parallel_size=2)
+    assert shard_weight("gate_proj", (128, 256), True, layout, DIMS).rows == 32
+    assert shard_weight("gate_proj", (128, 256), False, layout, DIMS).rows == 64
+    assert shard_weight("q_proj", (512, 256), False, Layout(data_parallel_size=2), DIMS).rows == 512
+    whole = Layout(data_parallel_size=2, expert_parallel=True)
+    assert shard_weight("down_proj", (256, 100), True, whole, DIMS) == Shard(256, 100)
+
+
 @pytest.mark.parametrize(
     ("layers", "stages", "expected"),
     [

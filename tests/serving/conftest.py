@@ -49,16 +49,23 @@ class Server:
         self.url, self.process, self.folder = url, process, folder
 
     def ask(
-        self, path: str, body: Any = None, key: str | None = KEY, method: str | None = None
+        self,
+        path: str,
+        body: Any = None,
+        key: str | None = KEY,
+        method: str | None = None,
+        engine: int | None = None,
     ) -> Answer:
         """Ask, with a POST if there is a body; ``path`` below ``/v1/mixprec`` unless it begins
-        with a slash."""
+        with a slash; ``engine`` is the data-parallel one that shall answer, None for any."""
         url = self.url + (path if path.startswith("/") else f"/v1/mixprec/{path}")
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         request.method = method or request.get_method()
         if key is not None:
             request.add_header("Authorization", f"Bearer {key}")
+        if engine is not None:
+            request.add_header("X-data-parallel-rank", str(engine))
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return Answer(answer.status, answer.read(), answer.headers)

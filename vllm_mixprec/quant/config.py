@@ -70,6 +70,7 @@ def layout_of(vllm_config: VllmConfig) -> Layout:
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         expert_parallel=parallel.enable_expert_parallel,
         draft=is_own_draft(vllm_config.speculative_config),
+        data_parallel_size=parallel.data_parallel_size,
     )
 
 

@@ -98,11 +98,16 @@ class MixedExpertsMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self.groups = groups
         self.platform = platform
-        if layer.moe_config.moe_parallel_config.use_all2all_kernels:
+        parallel = layer.moe_config.moe_parallel_config
+        # A group's kernel on a GPU would fetch the other ranks' tokens again, which vLLM's runner
+        # has fetched for the whole layer; those on a CPU only compute.
+        on_gpu = platform.family == "cuda"
+        if parallel.pcp_size > 1 or (on_gpu and parallel.dp_size > 1):
             raise UnsupportedError(
-                f"{layer.layer_name}: experts in {len(groups)} formats with all-to-all expert "
-                "parallelism over data-parallel ranks; expected one format a layer there. Use "
-                "tensor-parallel expert parallelism or route each layer's experts to one source"
+                f"{layer.layer_name}: experts in {len(groups)} formats over {parallel.dp_size} "
+                f"data-parallel and {parallel.pcp_size} prefill-context-parallel ranks; expected "
+                "one format a layer there. Use tensor or expert parallelism within one replica, "
+                "or route each layer's experts to one source"
             )
         schemes = [group.scheme for group in groups]
         one_launch, problem = use_one_launch(schemes, platform, layer)

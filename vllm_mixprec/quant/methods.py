@@ -65,9 +65,15 @@ def experts_method(
     """Return the method of routed experts that are all of ``scheme``."""
     if platform.name == "cpu-avx512" and (scheme.is_quantized or _fast_bf16(scheme, layer)):
         return _CPU_EXPERTS[scheme.format](scheme, layer)
-    if not scheme.is_quantized:
-        return UnquantizedFusedMoEMethod(layer.moe_config)
     moe = layer.moe_config
+    if not scheme.is_quantized:
+        if current_platform.is_cpu() and moe.moe_parallel_config.use_ep:
+            raise UnsupportedError(
+                f"{prefix}: --enable-expert-parallel with vLLM's own CPU kernel for unquantised "
+                "experts, which takes the other ranks' experts for its own and crashes; expected "
+                "bfloat16 experts with plain silu on a CPU with AVX512_BF16. Leave the flag out"
+            )
+        return UnquantizedFusedMoEMethod(moe)
     if moe.hidden_dim == moe.intermediate_size:
         scheme = _spell_whole_k(scheme, moe.hidden_dim)
     method = _stock_config(scheme).get_quant_method(layer, prefix)

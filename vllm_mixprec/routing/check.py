@@ -32,8 +32,8 @@ class Report:
 
     Attributes:
         findings: errors first.
-        bytes_per_rank: what the weights take in memory as served, by pp_rank * tp size +
-            tp_rank; empty when a source is missing or a module cannot be routed.
+        bytes_per_rank: what the weights take in memory as served, by rank as :class:`Layout`
+            numbers them; empty when a source is missing or a module cannot be routed.
         table: the route table; None when there are errors.
     """
 
@@ -62,6 +62,7 @@ class Report:
                 "pipeline_parallel_size": layout.pipeline_parallel_size,
                 "expert_parallel": layout.expert_parallel,
                 "draft": layout.draft,
+                "data_parallel_size": layout.data_parallel_size,
                 "bytes_by_source": [
                     {"source": source, "format": stored, "bytes": size_bytes}
                     for (source, stored), size_bytes in self.table.bytes_by_source().items()
@@ -80,6 +81,7 @@ def check(
     dtype: str | None = None,
     *,
     draft: bool = False,
+    data_parallel_size: int = 1,
 ) -> Report:
     """Find everything that is wrong or notable about a plan; nothing is raised for its faults.
 
@@ -88,6 +90,7 @@ def check(
         progress: told before each step.
         dtype: format that the model computes in, such as "bf16"; None for the base's own.
         draft: load the model's own MTP layers as the draft model, and require them.
+        data_parallel_size: replicas that share the routed experts.
 
     Raises:
         ValueError: a parallel size below 1.
@@ -95,7 +98,13 @@ def check(
     """
     report, _ = examine(
         plan,
-        Layout(tensor_parallel_size, pipeline_parallel_size, expert_parallel, draft),
+        Layout(
+            tensor_parallel_size,
+            pipeline_parallel_size,
+            expert_parallel,
+            draft,
+            data_parallel_size,
+        ),
         platform,
         progress,
         dtype,

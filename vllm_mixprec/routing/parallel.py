@@ -63,11 +63,11 @@ class Shard:
 def shard_weight(
     leaf: str, shape: tuple[int, ...], is_expert: bool, layout: Layout, dims: ModelDims
 ) -> Shard:
-    """Cut one weight for tensor parallelism as vLLM's parallel linears do."""
+    """Cut one weight for tensor parallelism as vLLM's parallel linears and routed experts do."""
     rows = shape[0] if shape else 1
     columns = shape[1] if len(shape) > 1 else 1
     whole = Shard(rows, columns)
-    tp_size = layout.tensor_parallel_size
+    tp_size = layout.expert_ranks if is_expert else layout.tensor_parallel_size
     if tp_size == 1 or (is_expert and layout.expert_parallel) or len(shape) != 2:
         return whole
     if leaf in _VOCABULARY:
@@ -157,7 +157,7 @@ def split_experts(num_experts: int, ep_size: int) -> tuple[int, ...]:
 class Placement:
     """Says which pipeline stages hold a module, and adds up the weight bytes of every rank.
 
-    Rank = pp_rank * tensor_parallel_size + tp_rank.
+    Ranks are numbered as :class:`Layout` says.
     """
 
     layout: Layout
@@ -197,11 +197,12 @@ class Placement:
 
     def bytes_per_rank(self, routes: Mapping[str, Route]) -> tuple[int, ...]:
         """Return what the weights take in each rank's memory, as they are served."""
-        tp_size = self.layout.tensor_parallel_size
-        totals = [0] * (tp_size * self.layout.pipeline_parallel_size)
+        tp_size, pp_size = self.layout.tensor_parallel_size, self.layout.pipeline_parallel_size
+        expert_ranks = self.layout.expert_ranks
+        totals = [0] * (expert_ranks * pp_size)
         parsed = {module: parse_expert(module) for module in routes}
         num_experts = max((name.expert + 1 for name in parsed.values() if name), default=0)
-        rank_of_expert = _rank_of_expert(split_experts(num_experts, tp_size))
+        rank_of_expert = _rank_of_expert(split_experts(num_experts, expert_ranks))
         shards: dict[tuple[str, tuple[int, ...], bool], Shard] = {}
         for module, route in routes.items():
             expert = parsed[module]
@@ -213,10 +214,11 @@ class Placement:
                 first = rank_of_expert[expert.expert]
                 ranks = range(first, first + 1)
             else:
-                ranks = range(tp_size)
+                ranks = range(expert_ranks)
             for stage in self.stages(module):
                 for rank in ranks:
-                    totals[stage * tp_size + rank] += size_bytes
+                    dp_rank, tp_rank = divmod(rank, tp_size)
+                    totals[(dp_rank * pp_size + stage) * tp_size + tp_rank] += size_bytes
         return tuple(totals)
 
 

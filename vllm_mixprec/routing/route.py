@@ -13,21 +13,29 @@ from vllm_mixprec.checkpoint.header import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a model is spread over ranks; a global rank is pp_rank * tp size + tp_rank.
+    """How a model is spread; rank = (dp_rank * pp size + pp_rank) * tp size + tp_rank.
 
-    Under ``expert_parallel`` the tensor-parallel ranks hold whole experts, not slices. With
-    ``draft`` the model's own MTP layers are loaded as the draft model, on the last stage.
+    Data-parallel replicas share one set of routed experts, which is cut over the tensor-parallel
+    ranks of all of them; the rest each has whole. Under ``expert_parallel`` ranks hold whole
+    experts, not slices. With ``draft`` the model's own MTP layers are loaded as the draft model, on
+    the last stage.
     """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     expert_parallel: bool = False
     draft: bool = False
+    data_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that share the routed experts of a stage, in slices or whole."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ class RouteTable:
         return {source: tuple(sorted(files)) for source, files in used.items()}
 
     def bytes_per_rank(self) -> tuple[int, ...]:
-        """Return what the weights take in memory on rank pp_rank * tp size + tp_rank.
+        """Return what the weights take in memory on each rank, as :class:`Layout` numbers them.
 
         Raises:
             RouteError: the layers cannot be split over that many pipeline stages.

@@ -175,9 +175,15 @@ class Widener:
                     "error",
                     "parallel-size",
                     module,
-                    f"tensor parallel size {self._layout.tensor_parallel_size} does not fit: "
-                    f"{problem}. Choose another size.",
+                    f"{self._size(unit.kind)} does not fit: {problem}. Choose another size.",
                 )
+
+    def _size(self, kind: Kind) -> str:
+        """Name the parallel size that cuts a unit of this kind."""
+        size = f"tensor parallel size {self._layout.tensor_parallel_size}"
+        if kind == "experts" and self._layout.data_parallel_size > 1:
+            return f"{size} in each of {self._layout.data_parallel_size} data-parallel replicas"
+        return size
 
     def _report_casts(self, made: list[Route]) -> None:
         for route in made:
