@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_mixprec.checkpoint.index import INDEX_FILE, Checkpoint
+from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.errors import MixPrecError, RouteError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.assign import used_sources
@@ -170,13 +170,13 @@ def _write_source(folder: Path, checkpoint: Checkpoint, files: tuple[Path, ...])
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file.resolve())
-    index_file = checkpoint.path / INDEX_FILE
+    index_file = checkpoint.path / checkpoint.container.index
     if index_file.is_file():
         index = json.loads(index_file.read_bytes())
         index["weight_map"] = {
             tensor: shard for tensor, shard in index["weight_map"].items() if shard in names
         }
-        _write_json(folder / INDEX_FILE, index)
+        _write_json(folder / index_file.name, index)
 
 
 def _rewrite_plan(plan: Plan, used: Container[str]) -> Plan:

@@ -5,7 +5,7 @@ import gc
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +14,44 @@ from typing import Any
 
 from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig, recognise
 from vllm_mixprec.checkpoint.header import TensorSpec, read_header
-from vllm_mixprec.errors import CheckpointError, UnsupportedError
+from vllm_mixprec.checkpoint.torch_file import read_torch_header
+from vllm_mixprec.errors import CheckpointError
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 HEADER_THREADS = 16
+TORCH_FILES = "pytorch_model*.bin"
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """One kind of shards.
+
+    Attributes:
+        index: name of the file that says which shard holds a tensor.
+        single: name of the shard that needs no index.
+        files: pattern of all shards.
+        read: the specs of one shard.
+    """
+
+    index: str
+    single: str
+    files: str
+    read: Callable[[Path], dict[str, TensorSpec]]
+
+    @property
+    def kind(self) -> str:
+        """What the names of its files end in, "safetensors" or "bin"."""
+        return self.single.rpartition(".")[2]
+
+
+SAFETENSORS = Container(
+    "model.safetensors.index.json", "model.safetensors", "*.safetensors", read_header
+)
+TORCH = Container(
+    "pytorch_model.bin.index.json", "pytorch_model.bin", TORCH_FILES, read_torch_header
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +67,8 @@ class Checkpoint:
         problems: where index and directory disagree: shards that the index names and the
             directory lacks, the reverse, tensors that are not in the shard that the index says.
             The problems of a module are the module's own.
+        container: the kind of its shards.
+        notes: what is worth knowing about its files, and no problem.
     """
 
     name: str
@@ -45,18 +77,21 @@ class Checkpoint:
     tensors: dict[str, TensorSpec]
     modules: dict[str, Module]
     problems: tuple[str, ...]
+    container: Container = SAFETENSORS
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
     """Read the headers of a checkpoint directory; no tensor data is read.
 
     With ``model.safetensors.index.json`` the shards are exactly those that it names, else
-    ``model.safetensors`` alone, else every ``*.safetensors``.
+    ``model.safetensors`` alone, else every ``*.safetensors``. Without any of these PyTorch's files
+    are read in the same way: ``pytorch_model.bin.index.json``, ``pytorch_model.bin``.
 
     Raises:
         CheckpointError: the directory or its config is missing or unreadable, a shard is cut
-            short or malformed, a tensor occurs in two files, or nothing is left to read.
-        UnsupportedError: the weights are not in safetensors, or in a format that is not known.
+            short, malformed or dangerous, a tensor occurs in two files, or nothing is left to read.
+        UnsupportedError: the weights are in a format or a kind of file that is not known.
     """
     path = Path(path)
     if not path.is_dir():
@@ -65,13 +100,31 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
             "files. Correct the source's path."
         )
     config = _read_object(path / "config.json")
+    container, notes = _choose_container(path)
     with collector_paused():
-        if (path / INDEX_FILE).exists():
-            tensors, problems = _open_indexed(path)
+        if (path / container.index).exists():
+            tensors, problems = _open_indexed(path, container)
         else:
-            tensors, problems = _open_unindexed(path), []
+            tensors, problems = _open_unindexed(path, container), []
         modules = _group_modules(path, tensors, config)
-    return Checkpoint(name, path, config, tensors, modules, tuple(problems))
+    return Checkpoint(name, path, config, tensors, modules, tuple(problems), container, notes)
+
+
+def _choose_container(path: Path) -> tuple[Container, tuple[str, ...]]:
+    """Return the kind of shards to read, and what to know about that choice."""
+    torch_files = sorted(file.name for file in path.glob(TORCH_FILES))
+    has_torch = bool(torch_files) or (path / TORCH.index).exists()
+    if (path / SAFETENSORS.index).exists() or any(path.glob(SAFETENSORS.files)):
+        if not has_torch:
+            return SAFETENSORS, ()
+        shown = torch_files[0] if torch_files else TORCH.index
+        return SAFETENSORS, (f"{path / shown}: not read, since safetensors files lie beside it",)
+    if not has_torch:
+        return SAFETENSORS, ()
+    return TORCH, (
+        f"{path}: its shards are pickles; torch.load reads their tensors with weights_only=True "
+        "and runs no code of theirs",
+    )
 
 
 def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | None) -> Path:
@@ -97,12 +150,18 @@ def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | Non
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    def download(patterns: list[str]) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
-                path_or_hub_id, revision=revision, allow_patterns=DOWNLOADED_FILES
+                path_or_hub_id, revision=revision, allow_patterns=patterns
             )
         )
+
+    try:
+        directory = download(DOWNLOADED_FILES)
+        if any(directory.glob(SAFETENSORS.files)):
+            return directory
+        return download([*DOWNLOADED_FILES, TORCH_FILES])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
@@ -144,10 +203,10 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _open_indexed(path: Path) -> tuple[dict[str, TensorSpec], list[str]]:
+def _open_indexed(path: Path, container: Container) -> tuple[dict[str, TensorSpec], list[str]]:
     """Read the shards that the index names, and compare them with it."""
-    index = path / INDEX_FILE
-    expected = _tensors_by_shard(index)
+    index = path / container.index
+    expected = _tensors_by_shard(index, container)
     present = [shard for shard in expected if (path / shard).exists()]
     if not present:
         raise CheckpointError(
@@ -155,38 +214,38 @@ def _open_indexed(path: Path) -> tuple[dict[str, TensorSpec], list[str]]:
             f"{next(iter(expected), 'none named')}. Download the shards."
         )
     problems = [
-        f"{path / shard}: missing, though {INDEX_FILE} keeps {len(names)} tensors there, e.g. "
+        f"{path / shard}: missing, though {container.index} keeps {len(names)} tensors there, e.g. "
         f"{names[0]}. Download the shard."
         for shard, names in expected.items()
         if shard not in present
     ]
     problems += [
-        f"{path / shard}: {INDEX_FILE} does not name this shard, it is not read. "
+        f"{path / shard}: {container.index} does not name this shard, it is not read. "
         "Remove the file, or download the index again."
-        for shard in sorted(file.name for file in path.glob("*.safetensors"))
+        for shard in sorted(file.name for file in path.glob(container.files))
         if shard not in expected
     ]
     tensors: dict[str, TensorSpec] = {}
-    for shard, found in zip(present, _read_headers(path, present), strict=True):
+    for shard, found in zip(present, _read_headers(path, present, container), strict=True):
         named = expected[shard]
         absent = [name for name in named if name not in found]
         if absent:
             problems.append(
-                f"{path / shard}: lacks {len(absent)} tensors that {INDEX_FILE} keeps there, "
+                f"{path / shard}: lacks {len(absent)} tensors that {container.index} keeps there, "
                 f"e.g. {absent[0]}. Download the shard and the index again."
             )
         if len(found) + len(absent) > len(named):
             unnamed = found.keys() - set(named)
             problems.append(
-                f"{path / shard}: holds {len(unnamed)} tensors that {INDEX_FILE} does not keep "
-                f"there, e.g. {min(unnamed)}; they are not read. Download the index again."
+                f"{path / shard}: holds {len(unnamed)} tensors that {container.index} does not "
+                f"keep there, e.g. {min(unnamed)}; they are not read. Download the index again."
             )
             found = {name: spec for name, spec in found.items() if name not in unnamed}
         tensors.update(found)
     return tensors, problems
 
 
-def _tensors_by_shard(index: Path) -> dict[str, list[str]]:
+def _tensors_by_shard(index: Path, container: Container) -> dict[str, list[str]]:
     """Read an index: shard file name, sorted -> names of its tensors."""
     weight_map = _read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -198,58 +257,55 @@ def _tensors_by_shard(index: Path) -> dict[str, list[str]]:
     for tensor, shard in weight_map.items():
         names = by_shard.get(shard) if type(shard) is str else None
         if names is None:
-            if type(shard) is not str or not _stays_inside(shard):
+            if type(shard) is not str or not _stays_inside(shard, container):
                 raise CheckpointError(
                     f"{index}: tensor {tensor!r} is in {shard!r}, expected the name of a "
-                    "safetensors file in the same directory. Download the index again."
+                    f"{container.kind} file in the same directory. Download the index again."
                 )
             names = by_shard[shard] = []
         names.append(tensor)
     return dict(sorted(by_shard.items()))
 
 
-def _stays_inside(shard: str) -> bool:
+def _stays_inside(shard: str, container: Container) -> bool:
     """Whether a shard's name, which a stranger may have written, stays in its directory."""
     parts = PurePosixPath(shard).parts
-    return shard.endswith(".safetensors") and parts[0] != "/" and ".." not in parts
+    return shard.endswith(f".{container.kind}") and parts[0] != "/" and ".." not in parts
 
 
-def _open_unindexed(path: Path) -> dict[str, TensorSpec]:
+def _open_unindexed(path: Path, container: Container) -> dict[str, TensorSpec]:
     """Read the only shard, or all shards of a directory that has no index."""
-    shards = sorted(file.name for file in path.glob("*.safetensors"))
-    if SINGLE_FILE in shards:
-        shards = [SINGLE_FILE]
+    shards = sorted(file.name for file in path.glob(container.files))
+    if container.single in shards:
+        shards = [container.single]
     if not shards:
-        if any(path.glob("*.bin")):
-            raise UnsupportedError(
-                f"{path}: only PyTorch .bin weights, which are not supported yet; expected "
-                "*.safetensors. Convert the checkpoint, or choose another source."
-            )
         raise CheckpointError(
-            f"{path}: no *.safetensors file and no {INDEX_FILE}. Download the checkpoint again, "
-            "or correct the source's path."
+            f"{path}: no {container.files} file and no {container.index}, nor {TORCH_FILES}. "
+            "Download the checkpoint again, or correct the source's path."
         )
     tensors: dict[str, TensorSpec] = {}
-    for found in _read_headers(path, shards):
+    for found in _read_headers(path, shards, container):
         twice = tensors.keys() & found.keys()
         if twice:
             example = min(twice)
             raise CheckpointError(
                 f"{found[example].file}: {len(twice)} tensors are also in "
-                f"{tensors[example].file.name}, e.g. {example}, and no {INDEX_FILE} says which "
-                "count. Remove the file that does not belong here."
+                f"{tensors[example].file.name}, e.g. {example}, and no {container.index} says "
+                "which count. Remove the file that does not belong here."
             )
         tensors.update(found)
     return tensors
 
 
-def _read_headers(path: Path, shards: list[str]) -> list[dict[str, TensorSpec]]:
+def _read_headers(
+    path: Path, shards: list[str], container: Container
+) -> list[dict[str, TensorSpec]]:
     files = [path / shard for shard in shards]
     if len(files) == 1:
-        return [read_header(files[0])]
+        return [container.read(files[0])]
     threads = min(HEADER_THREADS, len(files), 4 * (os.cpu_count() or 1))
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(read_header, files))
+        return list(pool.map(container.read, files))
 
 
 def _group_modules(

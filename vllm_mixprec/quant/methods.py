@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
+from vllm._custom_ops import CPUQuantAlgo
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -32,16 +33,23 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.mixprec")
 
-_CPU_LINEAR = {"fp8_block": cpu.CpuFp8LinearMethod, "gptq": cpu.CpuInt4LinearMethod}
+_CPU_LINEAR = {
+    "fp8_block": cpu.CpuFp8LinearMethod,
+    "gptq": cpu.CpuInt4LinearMethod,
+    "awq": cpu.CpuInt4LinearMethod,
+}
 _CPU_EXPERTS = {
     "bf16": cpu.CpuBf16ExpertsMethod,
     "fp8_block": cpu.CpuFp8ExpertsMethod,
     "gptq": cpu.CpuInt4ExpertsMethod,
+    "awq": cpu.CpuInt4ExpertsMethod,
 }
+# Format -> the kernel and, of int4, the layout that it is packed from.
 _CPU_KERNELS = {
-    "bf16": ExpertKernel.BF16,
-    "fp8_block": ExpertKernel.FP8_BLOCK,
-    "gptq": ExpertKernel.INT4,
+    "bf16": (ExpertKernel.BF16, None),
+    "fp8_block": (ExpertKernel.FP8_BLOCK, None),
+    "gptq": (ExpertKernel.INT4, CPUQuantAlgo.GPTQ),
+    "awq": (ExpertKernel.INT4, CPUQuantAlgo.AWQ),
 }
 
 
@@ -99,7 +107,7 @@ def kernel_problem(format: str) -> str | None:
     """
     if detect_platform().name != "cpu-avx512":
         return "the CPU lacks AVX512_BF16 or AVX512_VNNI"
-    return probe(_CPU_KERNELS[format])
+    return probe(*_CPU_KERNELS[format])
 
 
 def _spell_whole_k(scheme: Scheme, k: int) -> Scheme:
@@ -132,6 +140,13 @@ def _stock_config(scheme: Scheme) -> Any:
                 "lm_head": False,
                 "dynamic": {},
             }
+        )
+    if scheme.format == "awq":
+        from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
+
+        # With zero points also where all are 8: without them its layers read those stored as codes.
+        return AutoAWQConfig.from_config(
+            {"bits": scheme.bits, "group_size": scheme.group_size, "zero_point": True}
         )
     raise UnsupportedError(f"no vLLM method is known for the format {scheme.format!r}")
 

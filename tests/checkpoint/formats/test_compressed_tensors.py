@@ -98,7 +98,7 @@ def test_parts_of_a_layer_do_not_show(
 ) -> None:
     stored, read, _ = compress(PACK, (100, 256), INT4 | symmetry)
     scheme = Scheme("ct_pack", 4, group_size=32, symmetric=not symmetry, zero_offset=0)
-    monkeypatch.setattr("vllm_mixprec.checkpoint.dequantize.CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr("vllm_mixprec.checkpoint.packing.CHUNK_WEIGHTS", chunk)
     assert torch.equal(dequantize(scheme, stored, torch.float32), read["weight"])
 
 
