@@ -157,6 +157,11 @@ class Widener:
             reason = self._kernel_reason(kind, part, shard)
             if reason is not None:
                 return _Widening("kernel-missing", reason, no_kernel)
+        kernel = KERNELS.get((self._platform.family, parts[0].scheme.format))
+        sizes = {part.scheme.group_size for part in parts}
+        if kind == "experts" and len(sizes) > 1 and kernel is not None and kernel.one_group_size:
+            reason = f"{kernel.name}: it takes groups of one size, not of {sorted(sizes, key=str)}"
+            return _Widening("kernel-missing", reason, no_kernel)
         return None
 
     def _kernel_reason(self, kind: Kind, part: _Part, shard: Shard) -> str | None:

@@ -10,6 +10,7 @@ from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
 )
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from tests.checkpoint.formats.stored import Tensors
@@ -57,6 +58,9 @@ def compress(
     compressor = BaseCompressor.load_from_registry(form)
     with torch.compiler.set_stance("force_eager"):  # FP4's rounding would be compiled
         stored = compressor.compress(state, scheme)
+    if scheme.weights.strategy == "block":  # ``decompress`` takes one column of blocks for channels
+        weight = dequantize(stored["weight"], stored["weight_scale"], args=scheme.weights)
+        return stored, {"weight": weight}, scheme
     return stored, compressor.decompress(dict(stored), scheme), scheme
 
 
