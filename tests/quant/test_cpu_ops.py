@@ -4,10 +4,9 @@
 import pytest
 import torch
 import vllm._C  # noqa: F401  registers the compiled kernels
-from vllm._custom_ops import CPUQuantAlgo
 
 from vllm_mixprec.quant import cpu_ops, methods
-from vllm_mixprec.quant.cpu_ops import ExpertKernel, mixed_experts
+from vllm_mixprec.quant.cpu_ops import ExpertKernel, Int4Layout, mixed_experts
 from vllm_mixprec.routing.kernels import detect_platform
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +42,7 @@ def make_group(kernel, experts, seed):
             words = sum(rows[:, :, i].long() << (4 * i) for i in range(8))
             words = torch.where(words >= 2**31, words - 2**32, words).int()
             zeros = torch.full((experts, k // 64, n // 8), 0x77777777, dtype=torch.int32)
-            stored.append([*cpu_ops.pack_int4(words, scale.mT, zeros, CPUQuantAlgo.GPTQ)])
+            stored.append([*cpu_ops.pack_int4(words, scale.mT, zeros, Int4Layout.GPTQ)])
     tensors = [tensor for pair in zip(*stored, strict=True) for tensor in pair]
     return dense[0], dense[1], tensors
 
@@ -74,10 +73,10 @@ def test_probe_trusts_every_kernel_here(format):
 def test_probe_reports_a_kernel_that_is_wrong(monkeypatch, part):
     right = getattr(cpu_ops, part)
     monkeypatch.setattr(cpu_ops, part, lambda *args: right(*args) * 0.5)
-    assert "off by 0.5" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, CPUQuantAlgo.GPTQ)
+    assert "off by 0.5" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, Int4Layout.GPTQ)
 
 
-@pytest.mark.parametrize("layout", CPUQuantAlgo)
+@pytest.mark.parametrize("layout", Int4Layout)
 def test_probe_reports_the_other_layout(monkeypatch, layout):
     """Words of one layout, read as the other's: the shapes alone would not tell."""
     right = cpu_ops.pack_int4
@@ -85,10 +84,10 @@ def test_probe_reports_the_other_layout(monkeypatch, layout):
     def wrong(weight, scale, zero, layout):
         shape = weight.shape[:-2] + torch.Size(
             (weight.shape[-2] * 8, weight.shape[-1] // 8)
-            if layout == CPUQuantAlgo.GPTQ
+            if layout == Int4Layout.GPTQ
             else (weight.shape[-2] // 8, weight.shape[-1] * 8)
         )
-        other = CPUQuantAlgo.AWQ if layout == CPUQuantAlgo.GPTQ else CPUQuantAlgo.GPTQ
+        other = Int4Layout.AWQ if layout == Int4Layout.GPTQ else Int4Layout.GPTQ
         return right(weight.reshape(shape), scale, zero, other)
 
     monkeypatch.setattr(cpu_ops, "pack_int4", wrong)

@@ -58,6 +58,10 @@ def bound(case: str) -> float:
     return BOUND["int4" if "int4" in (CASES[case].cpu or "") else "other"]
 
 
+def served_as(case: str) -> str:
+    return f"packed: {CASES[case].cpu}" if CASES[case].cpu else "widened"
+
+
 @every_case
 def test_served_as_expected(served: Served, case: str) -> None:
     for module, (_, k) in modules_of(LAYER[case]).items():
@@ -80,7 +84,7 @@ def test_linear(served: Served, case: str, tokens: int, record_property) -> None
     assert relative_error(out, expected) < bound(case)
     # Negative control: each row is its neighbour's.
     assert relative_error(out, x.float() @ weight.roll(1, 0).T) > 10 * bound(case)
-    record_property("matrix", (case, "cpu linear", CASES[case].cpu or "widened"))
+    record_property("matrix", (case, "cpu linear", served_as(case)))
 
 
 @every_case
@@ -110,4 +114,4 @@ def test_experts(served: Served, case: str, tokens: int, record_property) -> Non
     out = layer.quant_method.apply(layer, x, weights, ids, None, None)
     assert relative_error(out, reference([0, 1, 2, 3])) < bound(case)
     assert relative_error(out, reference([1, 0, 2, 3])) > 10 * bound(case)  # negative control
-    record_property("matrix", (case, "cpu experts", CASES[case].cpu or "widened"))
+    record_property("matrix", (case, "cpu experts", served_as(case)))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module, Parameter
-from vllm._custom_ops import CPUQuantAlgo
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import (
@@ -28,6 +27,7 @@ from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant.cpu_ops import (
     ExpertKernel,
+    Int4Layout,
     fp8_linear,
     int4_linear,
     mixed_experts,
@@ -197,11 +197,11 @@ def _pack_int4(
     Returns the blocked weight, scale and zero point.
     """
     if scheme.format == "awq":
-        return pack_int4(weight, scale, zeros, CPUQuantAlgo.AWQ)
+        return pack_int4(weight, scale, zeros, Int4Layout.AWQ)
     if scheme.zero_offset != 1:
         assert scheme.symmetric, "routing lays asymmetric GPTQ v2 weights out as AWQ"
         zeros = torch.full_like(zeros, GPTQ_SYMMETRIC_ZERO)
-    return pack_int4(weight, scale, zeros, CPUQuantAlgo.GPTQ)
+    return pack_int4(weight, scale, zeros, Int4Layout.GPTQ)
 
 
 class CpuExpertsMethod(FusedMoEMethodBase):

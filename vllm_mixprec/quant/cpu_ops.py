@@ -20,6 +20,10 @@ from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_
 from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack
 
 
+Int4Layout = ops.CPUQuantAlgo
+"""What int4 weights are packed from: AWQ's words or GPTQ v1's."""
+
+
 class ExpertKernel(IntEnum):
     """A weight format of ``fused_experts_cpu``; the values are vLLM's ``CPUQuantMethod``."""
 
@@ -38,7 +42,7 @@ def pack_plain(weight: torch.Tensor) -> torch.Tensor:
 
 
 def pack_int4(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: ops.CPUQuantAlgo
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: Int4Layout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Block int4 tensors, of one linear or, with a leading dimension, of experts.
 
@@ -209,7 +213,7 @@ mixed_experts = torch.ops.vllm_mixprec.cpu_mixed_experts
 
 
 @cache
-def probe(kernel: ExpertKernel, layout: ops.CPUQuantAlgo | None = None) -> str | None:
+def probe(kernel: ExpertKernel, layout: Int4Layout | None = None) -> str | None:
     """Run a kernel, experts and linear, on a small known case; None means it can be trusted.
 
     Two experts, 256 x 128, three tokens, against float32 arithmetic on the same dequantised
@@ -229,7 +233,7 @@ def probe(kernel: ExpertKernel, layout: ops.CPUQuantAlgo | None = None) -> str |
     return None
 
 
-def _probe(kernel: ExpertKernel, layout: ops.CPUQuantAlgo | None) -> float:
+def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
     """Return the larger relative error of the expert and the linear kernel."""
     generator = torch.Generator().manual_seed(0)
     hidden, inner = 256, 128
@@ -261,7 +265,7 @@ def _probe(kernel: ExpertKernel, layout: ops.CPUQuantAlgo | None) -> float:
     return max(error, ((out.float() - expected).norm() / expected.norm()).item())
 
 
-def _pack(layout: ops.CPUQuantAlgo | None, stored: list[torch.Tensor]) -> list[torch.Tensor]:
+def _pack(layout: Int4Layout | None, stored: list[torch.Tensor]) -> list[torch.Tensor]:
     if layout is not None:
         weight, scale, zero = stored
         return list(pack_int4(weight, scale, zero, layout))
@@ -270,7 +274,7 @@ def _pack(layout: ops.CPUQuantAlgo | None, stored: list[torch.Tensor]) -> list[t
 
 def _probe_weights(
     kernel: ExpertKernel,
-    layout: ops.CPUQuantAlgo | None,
+    layout: Int4Layout | None,
     n: int,
     k: int,
     generator: torch.Generator,
@@ -287,12 +291,12 @@ def _probe_weights(
         return weight.float() * wide, [weight, scale]
     group = 64
     codes = torch.randint(0, 16, (2, k, n), generator=generator)
-    offset = 0 if layout == ops.CPUQuantAlgo.AWQ else 1  # what is added to a stored zero point
+    offset = 0 if layout == Int4Layout.AWQ else 1  # what is added to a stored zero point
     zeros = torch.randint(0, 16, (2, k // group, n), generator=generator) + offset
     scale = torch.rand(2, k // group, n, generator=generator) / (6 * k**0.5)
     centred = codes - zeros.repeat_interleave(group, 1)
     dense = (centred * scale.repeat_interleave(group, 1)).mT.contiguous()
-    if layout == ops.CPUQuantAlgo.AWQ:
+    if layout == Int4Layout.AWQ:
         words, zero_words = (pack(each.int(), 4, AWQ_ORDER) for each in (codes, zeros))
     else:
         words, zero_words = pack(codes.mT.int(), 4).mT, pack((zeros - offset).int(), 4)

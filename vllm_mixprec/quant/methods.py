@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
-from vllm._custom_ops import CPUQuantAlgo
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -24,7 +23,7 @@ from vllm.platforms import current_platform
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant import cpu
-from vllm_mixprec.quant.cpu_ops import ExpertKernel, probe
+from vllm_mixprec.quant.cpu_ops import ExpertKernel, Int4Layout, probe
 from vllm_mixprec.quant.expert_parameters import is_plain_silu
 from vllm_mixprec.routing.kernels import PLATFORM_VARIABLE, Platform, detect_platform
 
@@ -48,8 +47,8 @@ _CPU_EXPERTS = {
 _CPU_KERNELS = {
     "bf16": (ExpertKernel.BF16, None),
     "fp8_block": (ExpertKernel.FP8_BLOCK, None),
-    "gptq": (ExpertKernel.INT4, CPUQuantAlgo.GPTQ),
-    "awq": (ExpertKernel.INT4, CPUQuantAlgo.AWQ),
+    "gptq": (ExpertKernel.INT4, Int4Layout.GPTQ),
+    "awq": (ExpertKernel.INT4, Int4Layout.AWQ),
 }
 
 

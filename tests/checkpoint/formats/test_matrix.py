@@ -47,7 +47,7 @@ def test_recognised(case: str, module: tuple[Module, Tensors], record_property) 
         (N, K),
         (),
     )
-    record_property("matrix", (case, "recognised", found.scheme.format))
+    record_property("matrix", (case, "recognised", "yes"))
 
 
 @every_case
@@ -101,7 +101,8 @@ def test_layout_that_a_kernel_takes(
     expected = CASES[case].cpu if platform == "cpu-avx512" else CASES[case].cuda
     assert next(served, None) == label(expected)
     if platform == "cuda-90":
-        record_property("matrix", (case, "cuda", expected or "widened"))
+        served_as = f"packed: {expected}" if expected else "widened"
+        record_property("matrix", (case, "cuda", served_as))
 
 
 GPTQ = Scheme("gptq", 4, group_size=32)

@@ -285,6 +285,22 @@ CASES: dict[str, Case] = {
 }
 
 
+_TOOLS = {
+    "fp8-channel": "compressed-tensors",
+    "fp8-tensor": "compressed-tensors",
+    "fp8": "transformers",
+    "ct": "compressed-tensors",
+    "modelopt": "compressed-tensors, read by vLLM",
+    "gptq": "vLLM's packer",
+    "awq": "vLLM's packer",
+}
+
+
+def tool_of(case: str) -> str:
+    """Name the tool that stored a case."""
+    return next(tool for prefix, tool in _TOOLS.items() if case.startswith(prefix))
+
+
 def make_weight(n: int, k: int, seed: int) -> torch.Tensor:
     """Make a random weight (N, K) off centre, so that zero points differ and matter."""
     generator = torch.Generator().manual_seed(seed)
