@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_mixprec import Plan, compose
 from vllm_mixprec.checkpoint import open_checkpoint
 from vllm_mixprec.checkpoint.torch_file import read_torch_header
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
@@ -262,3 +263,22 @@ def test_other_bin_files_are_no_weights(tmp_path: Path) -> None:
     save(tmp_path, {"lr": 0.1}, "training_args.bin")
     with pytest.raises(CheckpointError, match=r"no \*.safetensors file .*nor pytorch_model\*.bin"):
         open_checkpoint(tmp_path)
+
+
+def test_plan_is_checked_with_a_note_and_composed_with_links(tmp_path: Path) -> None:
+    source = as_torch(tmp_path / "fp8", "fp8", 3)
+    plan = Plan.from_dict(
+        {
+            "version": 1,
+            "base": "bf16",
+            "sources": {"bf16": {"path": str(FIXTURES / "bf16")}, "fp8": {"path": str(source)}},
+            "rules": [{"match": "**.experts.{0-3}", "source": "fp8"}],
+        }
+    )
+    report = compose(plan, tmp_path / "mixed")
+    (finding,) = [finding for finding in report.findings if finding.code == "source-files"]
+    assert (finding.level, finding.where) == ("note", "source 'fp8'")
+    composed = open_checkpoint(tmp_path / "mixed" / "sources" / "fp8")
+    assert composed.problems == ()
+    assert composed.tensors.keys() == open_checkpoint(source).tensors.keys()
+    assert all(spec.file.is_symlink() for spec in composed.tensors.values())

@@ -196,6 +196,35 @@ def test_formats_without_a_kernel_are_widened(scheme: Scheme, tp_size: int) -> N
     assert table.bytes_per_rank() == (3 * 2 * 128 * 256 // tp_size,) * tp_size
 
 
+def test_formats_that_share_a_layout_share_a_kernel_call() -> None:
+    """An expert in AWQ and compressed-tensors int4, beside one in AWQ alone."""
+    awq = Scheme("awq", 4, group_size=32, symmetric=False, zero_offset=0)
+    packed = dataclasses.replace(awq, format="ct_pack")
+    modules = {}
+    for expert, schemes in enumerate([(awq, packed, awq), (awq, awq, awq)]):
+        for leaf, scheme in zip(("gate_proj", "up_proj", "down_proj"), schemes, strict=True):
+            name = f"{EXPERTS}.{expert}.{leaf}"
+            tensors = {"qweight": TensorSpec(f"{name}.qweight", "I32", (1,), Path("x"), 0, 4)}
+            modules[name] = Module(name, tensors, scheme, (128, 128), ())
+    base = Checkpoint("base", Path("."), {"dtype": "bfloat16"}, {}, modules, ())
+    options = {"mixed_fused": "error", "missing_kernel": "error"}
+    plan = Plan.from_dict(
+        {"version": 1, "base": "base", "sources": {"base": {"path": "."}}, "options": options}
+    )
+    table = resolve(plan, {"base": base}, Layout(), CPU)
+    assert table.expert_groups(EXPERTS) == (ExpertGroup(awq, (0, 1)),)
+    (relaid,) = (route for route in table.routes.values() if route.relaid)
+    assert relaid.module == f"{EXPERTS}.0.up_proj"
+    assert table.notes == ()
+    with pytest.raises(
+        RouteError, match="gate_proj and down_proj are awq .*options.mixed_fused is error"
+    ):
+        modules[relaid.module] = dataclasses.replace(
+            modules[relaid.module], scheme=dataclasses.replace(packed, desc_act=True)
+        )
+        resolve(plan, {"base": base}, Layout(), CPU)
+
+
 def test_unknown_expert_layer_is_an_error() -> None:
     with pytest.raises(RouteError, match="model.layers.9.mlp.experts: no layer of routed experts"):
         load_here().expert_groups("model.layers.9.mlp.experts")

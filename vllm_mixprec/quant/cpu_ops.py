@@ -19,7 +19,6 @@ from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_
 
 from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack
 
-
 Int4Layout = ops.CPUQuantAlgo
 """What int4 weights are packed from: AWQ's words or GPTQ v1's."""
 
