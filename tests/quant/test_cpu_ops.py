@@ -5,8 +5,8 @@ import pytest
 import torch
 import vllm._C  # noqa: F401  registers the compiled kernels
 
-from vllm_mixprec.quant import cpu_ops
-from vllm_mixprec.quant.cpu_ops import ExpertKernel, mixed_experts
+from vllm_mixprec.quant import cpu_ops, methods
+from vllm_mixprec.quant.cpu_ops import ExpertKernel, Int4Layout, mixed_experts
 from vllm_mixprec.routing.kernels import detect_platform
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def make_group(kernel, experts, seed):
             words = sum(rows[:, :, i].long() << (4 * i) for i in range(8))
             words = torch.where(words >= 2**31, words - 2**32, words).int()
             zeros = torch.full((experts, k // 64, n // 8), 0x77777777, dtype=torch.int32)
-            stored.append([*cpu_ops.pack_int4(words, scale.mT, zeros)])
+            stored.append([*cpu_ops.pack_int4(words, scale.mT, zeros, Int4Layout.GPTQ)])
     tensors = [tensor for pair in zip(*stored, strict=True) for tensor in pair]
     return dense[0], dense[1], tensors
 
@@ -64,16 +64,34 @@ def relative_error(found, expected):
     return ((found.float() - expected).norm() / expected.norm().clamp(min=1e-6)).item()
 
 
-@pytest.mark.parametrize("kernel", ExpertKernel)
-def test_probe_trusts_every_kernel_here(kernel):
-    assert cpu_ops.probe(kernel) is None
+@pytest.mark.parametrize("format", methods._CPU_KERNELS)
+def test_probe_trusts_every_kernel_here(format):
+    assert cpu_ops.probe(*methods._CPU_KERNELS[format]) is None
 
 
 @pytest.mark.parametrize("part", ["_run", "int4_linear"])
 def test_probe_reports_a_kernel_that_is_wrong(monkeypatch, part):
     right = getattr(cpu_ops, part)
     monkeypatch.setattr(cpu_ops, part, lambda *args: right(*args) * 0.5)
-    assert "off by 0.5" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4)
+    assert "off by 0.5" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, Int4Layout.GPTQ)
+
+
+@pytest.mark.parametrize("layout", Int4Layout)
+def test_probe_reports_the_other_layout(monkeypatch, layout):
+    """Words of one layout, read as the other's: the shapes alone would not tell."""
+    right = cpu_ops.pack_int4
+
+    def wrong(weight, scale, zero, layout):
+        shape = weight.shape[:-2] + torch.Size(
+            (weight.shape[-2] * 8, weight.shape[-1] // 8)
+            if layout == Int4Layout.GPTQ
+            else (weight.shape[-2] // 8, weight.shape[-1] * 8)
+        )
+        other = Int4Layout.AWQ if layout == Int4Layout.GPTQ else Int4Layout.GPTQ
+        return right(weight.reshape(shape), scale, zero, other)
+
+    monkeypatch.setattr(cpu_ops, "pack_int4", wrong)
+    assert "off by" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, layout)
 
 
 def test_probe_reports_a_kernel_that_is_missing(monkeypatch):

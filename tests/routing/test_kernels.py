@@ -11,17 +11,19 @@ CPU, CUDA = Platform("cpu-avx512"), Platform("cuda-90")
 BF16 = Scheme("bf16", 16)
 FP8 = Scheme("fp8_block", 8, block=(128, 128))
 INT4 = Scheme("gptq", 4, group_size=128)
+AWQ = Scheme("awq", 4, group_size=128, symmetric=False, zero_offset=0)
 DENSE_K = 10944
 """Of down_proj in the dense first layer of DeepSeek-V2-Lite: 64 times 171."""
 UNSERVED = [
-    Scheme("awq", 4, group_size=128, symmetric=False, zero_offset=0),
-    Scheme("ct_pack", 4, group_size=128, zero_offset=0),
+    Scheme("ct_pack", 8, group_size=128, symmetric=False, zero_offset=0),
+    Scheme("ct_pack", 4, group_size=128, zero_offset=0, desc_act=True),
     Scheme("ct_fp8", 8, granularity="channel"),
-    Scheme("ct_fp8", 8, granularity="tensor"),
     Scheme("ct_fp8", 8, block=(1, 32), scale_format="e8m0"),
     Scheme("fp8_channel", 8),
-    Scheme("fp8_tensor", 8),
+    Scheme("nvfp4", 4, block=(1, 16)),
+    Scheme("mxfp4", 4, block=(1, 32), scale_format="e8m0"),
 ]
+"""In no layout."""
 
 
 @pytest.mark.parametrize("platform", ["cpu-avx512", "cpu-other", "cuda-75", "cuda-90", "other"])
@@ -31,7 +33,7 @@ def test_unquantised_weights_run_everywhere(platform: str) -> None:
 
 @pytest.mark.parametrize("platform", [CPU, CUDA])
 @pytest.mark.parametrize("kind", ["linear", "experts"])
-@pytest.mark.parametrize("scheme", [FP8, INT4], ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("scheme", [FP8, INT4, AWQ], ids=lambda scheme: scheme.label)
 def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -> None:
     assert missing_kernel(platform, scheme, kind, (512, 1024)) is None
 
@@ -55,6 +57,10 @@ def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -
         (CUDA, Scheme("gptq", 2, group_size=64), (256, 256), "not 2"),
         (CUDA, Scheme("gptq", 4, group_size=512), (256, 1024), "not 512"),
         (CUDA, INT4, (96, 256), "N=96"),
+        (CUDA, replace(AWQ, group_size=256), (256, 256), "groups of 32, 64 or 128, not 256"),
+        (CUDA, AWQ, (256, 192), "K=192"),
+        (CPU, replace(AWQ, group_size=16), (256, 256), "group size 16"),
+        (Platform("cuda-75"), AWQ, (256, 256), "compute capability"),
         (CUDA, FP8, (2048, DENSE_K), f"K={DENSE_K} on a rank is not a multiple of 128"),
         (CUDA, INT4, (2048, DENSE_K), f"K={DENSE_K} on a rank is not a multiple of the group size"),
         (CUDA, replace(INT4, bits=8), (2048, DENSE_K), "the group size 128"),

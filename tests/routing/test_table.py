@@ -22,8 +22,13 @@ EXPERTS = "model.layers.0.mlp.experts"
 ROUTER = "model.layers.0.mlp.gate"
 
 
-def load_here(*rules: tuple[str, str], layout: Layout | None = None, **options: str) -> RouteTable:
-    return load(make_plan(*rules, **options), layout, CPU)
+def load_here(
+    *rules: tuple[str, str],
+    layout: Layout | None = None,
+    platform: Platform = CPU,
+    **options: str,
+) -> RouteTable:
+    return load(make_plan(*rules, **options), layout, platform)
 
 
 def test_every_module_of_the_base_is_routed_in_its_order() -> None:
@@ -160,10 +165,15 @@ def test_groups_over_all_of_k_are_one_scheme_for_projections_of_unlike_k() -> No
         modules[name] = Module(name, tensors, Scheme("gptq", 4, group_size=k), (n, k), ())
     base = Checkpoint("base", Path("."), {"dtype": "bfloat16"}, {}, modules, ())
     plan = Plan.from_dict({"version": 1, "base": "base", "sources": {"base": {"path": "."}}})
-    table = resolve(plan, {"base": base}, Layout(), CPU)
+    table = resolve(plan, {"base": base}, Layout(), Platform("cuda-90"))
     (group,) = table.expert_groups(EXPERTS)
     assert group == ExpertGroup(Scheme("gptq", 4, group_size=-1), (0,))
-    assert not any(route.widened for route in table.routes.values())
+    assert not any(route.widened or route.relaid for route in table.routes.values())
+    # The CPU's kernel takes one size for all: the longer groups become two with one scale.
+    table = resolve(plan, {"base": base}, Layout(), CPU)
+    (group,) = table.expert_groups(EXPERTS)
+    assert group == ExpertGroup(Scheme("gptq", 4, group_size=128), (0,))
+    assert [r.module for r in table.routes.values() if not r.relaid] == [f"{EXPERTS}.0.down_proj"]
 
 
 @pytest.mark.parametrize("scheme", UNSERVED, ids=lambda scheme: scheme.label)
@@ -186,6 +196,35 @@ def test_formats_without_a_kernel_are_widened(scheme: Scheme, tp_size: int) -> N
     assert table.bytes_per_rank() == (3 * 2 * 128 * 256 // tp_size,) * tp_size
 
 
+def test_formats_that_share_a_layout_share_a_kernel_call() -> None:
+    """An expert in AWQ and compressed-tensors int4, beside one in AWQ alone."""
+    awq = Scheme("awq", 4, group_size=32, symmetric=False, zero_offset=0)
+    packed = dataclasses.replace(awq, format="ct_pack")
+    modules = {}
+    for expert, schemes in enumerate([(awq, packed, awq), (awq, awq, awq)]):
+        for leaf, scheme in zip(("gate_proj", "up_proj", "down_proj"), schemes, strict=True):
+            name = f"{EXPERTS}.{expert}.{leaf}"
+            tensors = {"qweight": TensorSpec(f"{name}.qweight", "I32", (1,), Path("x"), 0, 4)}
+            modules[name] = Module(name, tensors, scheme, (128, 128), ())
+    base = Checkpoint("base", Path("."), {"dtype": "bfloat16"}, {}, modules, ())
+    options = {"mixed_fused": "error", "missing_kernel": "error"}
+    plan = Plan.from_dict(
+        {"version": 1, "base": "base", "sources": {"base": {"path": "."}}, "options": options}
+    )
+    table = resolve(plan, {"base": base}, Layout(), CPU)
+    assert table.expert_groups(EXPERTS) == (ExpertGroup(awq, (0, 1)),)
+    (relaid,) = (route for route in table.routes.values() if route.relaid)
+    assert relaid.module == f"{EXPERTS}.0.up_proj"
+    assert table.notes == ()
+    with pytest.raises(
+        RouteError, match="gate_proj and down_proj are awq .*options.mixed_fused is error"
+    ):
+        modules[relaid.module] = dataclasses.replace(
+            modules[relaid.module], scheme=dataclasses.replace(packed, desc_act=True)
+        )
+        resolve(plan, {"base": base}, Layout(), CPU)
+
+
 def test_unknown_expert_layer_is_an_error() -> None:
     with pytest.raises(RouteError, match="model.layers.9.mlp.experts: no layer of routed experts"):
         load_here().expert_groups("model.layers.9.mlp.experts")
@@ -195,10 +234,21 @@ def test_unknown_expert_layer_is_an_error() -> None:
 
 
 def test_cut_group_widens_the_whole_expert() -> None:
-    table = load_here(("**.experts.0", "gptq"), layout=Layout(tensor_parallel_size=2))
+    layout = Layout(tensor_parallel_size=4)
+    table = load_here(("**.experts.0", "gptq"), layout=layout, platform=Platform("cuda-90"))
     route = table.routes[f"{EXPERTS}.0.gate_proj"]
-    assert route.reason == "down_proj: a tensor-parallel shard of 64 columns cuts a group of 128"
+    assert route.reason == "down_proj: a tensor-parallel shard of 32 columns cuts a group of 128"
     assert route.served == BF16
+
+
+def test_cut_group_is_served_as_groups_that_are_not() -> None:
+    table = load_here(("**.experts.0", "gptq"), layout=Layout(tensor_parallel_size=2))
+    finer = Scheme("gptq", 4, group_size=64)
+    assert table.expert_groups(EXPERTS)[0] == ExpertGroup(finer, (0,))
+    route = table.routes[f"{EXPERTS}.0.down_proj"]
+    assert (route.stored, route.relaid, route.widened) == (INT4, True, False)
+    # Codes, zero points, and scales in float32, of which there are twice as many.
+    assert route.served_bytes == 256 * 128 // 2 + 2 * 256 // 2 + 2 * 256 * 4
 
 
 def test_group_that_still_fits_stays_packed() -> None:
@@ -208,6 +258,18 @@ def test_group_that_still_fits_stays_packed() -> None:
 
 def test_cut_block_widens_the_whole_fused_layer() -> None:
     table = load_here((f"{ATTENTION}.*_proj", "fp8"), layout=Layout(tensor_parallel_size=4))
+    assert table.routes[f"{ATTENTION}.o_proj"].reason == (
+        "o_proj: a tensor-parallel shard of 64 columns cuts a block of 128"
+    )
+    # Of rows, which are cut too, blocks of 32 with the same scales make a whole number.
+    assert {table.routes[f"{ATTENTION}.{part}_proj"].served for part in "qkv"} == {
+        Scheme("fp8_block", 8, block=(32, 128))
+    }
+    table = load_here(
+        (f"{ATTENTION}.*_proj", "fp8"),
+        layout=Layout(tensor_parallel_size=4),
+        platform=Platform("cuda-90"),
+    )
     assert {table.routes[f"{ATTENTION}.{part}_proj"].served for part in "qkvo"} == {BF16}
     assert table.routes[f"{ATTENTION}.k_proj"].reason == (
         "q_proj: a tensor-parallel shard of 64 rows cuts a block of 128"
@@ -245,9 +307,9 @@ def test_part_that_ends_inside_a_block_widens_its_fused_layer(models: Path) -> N
     checkpoints = {name: open_checkpoint(models / name, name) for name in ("bf16", "fp8")}
     for checkpoint in checkpoints.values():
         k_proj = checkpoint.modules[f"{ATTENTION}.k_proj"]
-        checkpoint.modules[k_proj.name] = dataclasses.replace(k_proj, shape=(192, 256))
+        checkpoint.modules[k_proj.name] = dataclasses.replace(k_proj, shape=(208, 256))
     route = resolve(plan, checkpoints, None, CPU).routes[f"{ATTENTION}.q_proj"]
-    assert route.reason == "k_proj ends inside a block: its 192 rows are no multiple of 128"
+    assert route.reason == "k_proj ends inside a block: its 208 rows are no multiple of 128"
 
 
 # The table itself.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From safetensors headers to modules: where each tensor lies and how it is stored."""
+"""From the headers of files to modules: where each tensor lies and how it is stored."""
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Module, Scheme, recognise
 from vllm_mixprec.checkpoint.header import TensorSpec, read_header

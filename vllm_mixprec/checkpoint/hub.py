@@ -17,8 +17,14 @@ from typing import NamedTuple
 
 from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import RawHeader, header_length
-from vllm_mixprec.checkpoint.index import INDEX_FILE, SINGLE_FILE, tensors_by_shard
-from vllm_mixprec.checkpoint.shards import HEADER_THREADS, keep_headers, kept_headers
+from vllm_mixprec.checkpoint.index import tensors_by_shard
+from vllm_mixprec.checkpoint.shards import (
+    HEADER_THREADS,
+    SAFETENSORS,
+    TORCH,
+    keep_headers,
+    kept_headers,
+)
 from vllm_mixprec.errors import CheckpointError
 
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
@@ -39,6 +45,8 @@ class HubFile(NamedTuple):
 def open_snapshot(repo_id: str, revision: str | None, directory: Path) -> Path:
     """Return the cached directory of a model: its small files, and the headers of its shards.
 
+    A model that has no safetensors is downloaded whole.
+
     Args:
         directory: where the source was looked for before; for the message.
 
@@ -58,8 +66,11 @@ def open_snapshot(repo_id: str, revision: str | None, directory: Path) -> Path:
                 repo_id, revision=revision, allow_patterns=SMALL_FILES
             )
         )
-        if not constants.HF_HUB_OFFLINE:
-            _keep_absent(folder)
+        if not constants.HF_HUB_OFFLINE and not _keep_absent(folder):
+            # Pickles: where a tensor lies in one is told by the whole file.
+            huggingface_hub.snapshot_download(
+                repo_id, revision=folder.name, allow_patterns=[TORCH.files]
+            )
     return folder
 
 
@@ -122,30 +133,35 @@ def read_range(file: Path, start: int, end: int, stamp: FileStamp | None) -> byt
     return content
 
 
-def _keep_absent(folder: Path) -> None:
-    """Fetch the headers of shards that are not in a snapshot, once for its lifetime."""
+def _keep_absent(folder: Path) -> bool:
+    """Fetch the headers of shards that are not in a snapshot, once for its lifetime.
+
+    Returns:
+        Whether the model has safetensors at all.
+    """
     shards = _shards(folder)
     if all((folder / shard).exists() for shard in shards):
-        return
+        return bool(shards)
     if shards <= kept_headers(folder).keys():
-        return
+        return True
     names = sorted(shards)
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         headers = pool.map(lambda shard: _remote_header(folder / shard), names)
         keep_headers(folder, dict(zip(names, headers, strict=True)))
+    return True
 
 
 def _shards(folder: Path) -> set[str]:
     """Return the shards of a snapshot: those that its index names, else those on the hub."""
-    if (folder / INDEX_FILE).exists():
-        return set(tensors_by_shard(folder / INDEX_FILE))
+    if (folder / SAFETENSORS.index).exists():
+        return set(tensors_by_shard(folder / SAFETENSORS.index, SAFETENSORS))
     from huggingface_hub import HfApi
 
-    model = hub_file(folder / SINGLE_FILE)
+    model = hub_file(folder / SAFETENSORS.single)
     assert model is not None, f"{folder} is a snapshot in the hub's cache"
     listed = HfApi().list_repo_files(model.repo_id, revision=model.commit)
     shards = {name for name in listed if name.endswith(".safetensors") and "/" not in name}
-    return {SINGLE_FILE} if SINGLE_FILE in shards else shards
+    return {SAFETENSORS.single} & shards or shards
 
 
 def _remote_header(file: Path) -> RawHeader:

@@ -15,12 +15,10 @@ from vllm_mixprec.checkpoint.files import open_file
 from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.parts import read_modules
-from vllm_mixprec.checkpoint.shards import Shards
+from vllm_mixprec.checkpoint.shards import SAFETENSORS, TORCH, Container, Shards
 from vllm_mixprec.checkpoint.spelling import canonical_name, mark_clashes
-from vllm_mixprec.errors import CheckpointError, UnsupportedError
+from vllm_mixprec.errors import CheckpointError
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 MAX_JSON_BYTES = 64 << 20
 """Of config.json and of an index; the largest index known, of 92,000 tensors, has 9 MB."""
 
@@ -41,6 +39,8 @@ class Checkpoint:
             directory lacks, the reverse, tensors that are not in the shard that the index says.
             The problems of a module are the module's own.
         by_key: canonical name -> module, as ``spelling.canonical_name`` gives it.
+        container: the kind of its shards.
+        notes: what is worth knowing about its files, and no problem.
     """
 
     name: str
@@ -50,6 +50,8 @@ class Checkpoint:
     modules: dict[str, Module]
     problems: tuple[str, ...]
     by_key: dict[str, Module] = field(default_factory=dict, repr=False)
+    container: Container = SAFETENSORS
+    notes: tuple[str, ...] = ()
 
     def find(self, name: str) -> Module | None:
         """Return a module by its name or any other spelling of it, None when it is not here."""
@@ -63,12 +65,13 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
     since, and for shards on the hub that are not here.
 
     With ``model.safetensors.index.json`` the shards are exactly those that it names, else
-    ``model.safetensors`` alone, else every ``*.safetensors``.
+    ``model.safetensors`` alone, else every ``*.safetensors``. Without any of these PyTorch's files
+    are read in the same way: ``pytorch_model.bin.index.json``, ``pytorch_model.bin``.
 
     Raises:
         CheckpointError: the directory or its config is missing or unreadable, a shard is cut
-            short or malformed, a tensor occurs in two files, or nothing is left to read.
-        UnsupportedError: the weights are not in safetensors, or in a format that is not known.
+            short, malformed or dangerous, a tensor occurs in two files, or nothing is left to read.
+        UnsupportedError: the weights are in a format or a kind of file that is not known.
     """
     path = Path(path)
     if not path.is_dir():
@@ -77,14 +80,34 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
             "files. Correct the source's path."
         )
     config = _read_object(path / "config.json")
+    container, notes = _choose_container(path)
     with collector_paused():
-        shards = Shards(path)
-        if (path / INDEX_FILE).exists():
+        shards = Shards(path, container)
+        if (path / container.index).exists():
             tensors, problems = _open_indexed(path, shards)
         else:
             tensors, problems = _open_unindexed(path, shards), []
         modules, by_key = _group_modules(path, tensors, config)
-    return Checkpoint(name, path, config, tensors, modules, tuple(problems), by_key)
+    return Checkpoint(
+        name, path, config, tensors, modules, tuple(problems), by_key, container, notes
+    )
+
+
+def _choose_container(path: Path) -> tuple[Container, tuple[str, ...]]:
+    """Return the kind of shards to read, and what to know about that choice."""
+    torch_files = sorted(file.name for file in path.glob(TORCH.files))
+    has_torch = bool(torch_files) or (path / TORCH.index).exists()
+    if (path / SAFETENSORS.index).exists() or Shards(path).names():
+        if not has_torch:
+            return SAFETENSORS, ()
+        shown = torch_files[0] if torch_files else TORCH.index
+        return SAFETENSORS, (f"{path / shown}: not read, since safetensors files lie beside it",)
+    if not has_torch:
+        return SAFETENSORS, ()
+    return TORCH, (
+        f"{path}: its shards are pickles; torch.load reads their tensors with weights_only=True "
+        "and runs no code of theirs",
+    )
 
 
 def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | None) -> Path:
@@ -180,8 +203,9 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _open_indexed(path: Path, shards: Shards) -> tuple[dict[str, TensorSpec], list[str]]:
     """Read the shards that the index names, and compare them with it."""
-    index = path / INDEX_FILE
-    expected = tensors_by_shard(index)
+    container = shards.container
+    index = path / container.index
+    expected = tensors_by_shard(index, container)
     present = [shard for shard in expected if shards.has(shard)]
     if not present:
         raise CheckpointError(
@@ -189,13 +213,13 @@ def _open_indexed(path: Path, shards: Shards) -> tuple[dict[str, TensorSpec], li
             f"{next(iter(expected), 'none named')}. Download the shards."
         )
     problems = [
-        f"{path / shard}: missing, though {INDEX_FILE} keeps {len(names)} tensors there, e.g. "
+        f"{path / shard}: missing, though {container.index} keeps {len(names)} tensors there, e.g. "
         f"{names[0]}. Download the shard."
         for shard, names in expected.items()
         if not shards.has(shard)
     ]
     problems += [
-        f"{path / shard}: {INDEX_FILE} does not name this shard, it is not read. "
+        f"{path / shard}: {container.index} does not name this shard, it is not read. "
         "Remove the file, or download the index again."
         for shard in shards.names()
         if shard not in expected
@@ -206,21 +230,21 @@ def _open_indexed(path: Path, shards: Shards) -> tuple[dict[str, TensorSpec], li
         absent = [name for name in named if name not in found]
         if absent:
             problems.append(
-                f"{path / shard}: lacks {len(absent)} tensors that {INDEX_FILE} keeps there, "
+                f"{path / shard}: lacks {len(absent)} tensors that {container.index} keeps there, "
                 f"e.g. {absent[0]}. Download the shard and the index again."
             )
         if len(found) + len(absent) > len(named):
             unnamed = found.keys() - set(named)
             problems.append(
-                f"{path / shard}: holds {len(unnamed)} tensors that {INDEX_FILE} does not keep "
-                f"there, e.g. {min(unnamed)}; they are not read. Download the index again."
+                f"{path / shard}: holds {len(unnamed)} tensors that {container.index} does not "
+                f"keep there, e.g. {min(unnamed)}; they are not read. Download the index again."
             )
             found = {name: spec for name, spec in found.items() if name not in unnamed}
         tensors.update(found)
     return tensors, problems
 
 
-def tensors_by_shard(index: Path) -> dict[str, list[str]]:
+def tensors_by_shard(index: Path, container: Container) -> dict[str, list[str]]:
     """Read an index: shard file name, sorted -> names of its tensors."""
     weight_map = _read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -232,36 +256,32 @@ def tensors_by_shard(index: Path) -> dict[str, list[str]]:
     for tensor, shard in weight_map.items():
         names = by_shard.get(shard) if type(shard) is str else None
         if names is None:
-            if type(shard) is not str or not _stays_inside(shard):
+            if type(shard) is not str or not _stays_inside(shard, container):
                 raise CheckpointError(
                     f"{index}: tensor {tensor!r} is in {shard!r}, expected the name of a "
-                    "safetensors file in the same directory. Download the index again."
+                    f"{container.kind} file in the same directory. Download the index again."
                 )
             names = by_shard[shard] = []
         names.append(tensor)
     return dict(sorted(by_shard.items()))
 
 
-def _stays_inside(shard: str) -> bool:
+def _stays_inside(shard: str, container: Container) -> bool:
     """Whether a shard's name, which a stranger may have written, stays in its directory."""
     parts = PurePosixPath(shard).parts
-    return shard.endswith(".safetensors") and parts[0] != "/" and ".." not in parts
+    return shard.endswith(f".{container.kind}") and parts[0] != "/" and ".." not in parts
 
 
 def _open_unindexed(path: Path, found_shards: Shards) -> dict[str, TensorSpec]:
     """Read the only shard, or all shards of a directory that has no index."""
+    container = found_shards.container
     shards = found_shards.names()
-    if SINGLE_FILE in shards:
-        shards = [SINGLE_FILE]
+    if container.single in shards:
+        shards = [container.single]
     if not shards:
-        if any(path.glob("*.bin")):
-            raise UnsupportedError(
-                f"{path}: only PyTorch .bin weights, which are not supported yet; expected "
-                "*.safetensors. Convert the checkpoint, or choose another source."
-            )
         raise CheckpointError(
-            f"{path}: no *.safetensors file and no {INDEX_FILE}. Download the checkpoint again, "
-            "or correct the source's path."
+            f"{path}: no {container.files} file and no {container.index}, nor {TORCH.files}. "
+            "Download the checkpoint again, or correct the source's path."
         )
     tensors: dict[str, TensorSpec] = {}
     for found in found_shards.read(shards):
@@ -270,8 +290,8 @@ def _open_unindexed(path: Path, found_shards: Shards) -> dict[str, TensorSpec]:
             example = min(twice)
             raise CheckpointError(
                 f"{found[example].file}: {len(twice)} tensors are also in "
-                f"{tensors[example].file.name}, e.g. {example}, and no {INDEX_FILE} says which "
-                "count. Remove the file that does not belong here."
+                f"{tensors[example].file.name}, e.g. {example}, and no {container.index} says "
+                "which count. Remove the file that does not belong here."
             )
         tensors.update(found)
     return tensors

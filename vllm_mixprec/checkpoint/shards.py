@@ -12,37 +12,63 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_mixprec.checkpoint.files import stamp_of
 from vllm_mixprec.checkpoint.header import RawHeader, TensorSpec, parse_header, read_raw
+from vllm_mixprec.checkpoint.torch_file import read_torch_header
 from vllm_mixprec.errors import CheckpointError
 
 HEADERS_FILE = "mixprec_headers"
 HEADER_THREADS = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Container:
+    """One kind of shards.
+
+    Attributes:
+        index: name of the file that says which shard holds a tensor.
+        single: name of the shard that needs no index.
+        files: pattern of all shards.
+    """
+
+    index: str
+    single: str
+    files: str
+
+    @property
+    def kind(self) -> str:
+        """What the names of its files end in, "safetensors" or "bin"."""
+        return self.single.rpartition(".")[2]
+
+
+SAFETENSORS = Container("model.safetensors.index.json", "model.safetensors", "*.safetensors")
+TORCH = Container("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin")
+
+
 class Shards:
     """The shards of one directory, with those on the hub that are not here."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, container: Container = SAFETENSORS) -> None:
         """Look which headers are kept and still stand for their shards.
 
         Raises:
             CheckpointError: the file of kept headers is unreadable or damaged.
         """
+        self.container = container
         self._path = path
         self._kept = {
             shard: header
-            for shard, kept in kept_headers(path).items()
+            for shard, kept in (kept_headers(path) if container is SAFETENSORS else {}).items()
             if (header := _current(path / shard, kept)) is not None
         }
 
     def names(self) -> list[str]:
         """Return the names of those in the directory itself, sorted."""
-        here = {file.name for file in self._path.glob("*.safetensors")}
-        return sorted(here | {shard for shard in self._kept if "/" not in shard})
+        kept = {shard for shard in self._kept if "/" not in shard}
+        return sorted(kept.union(file.name for file in self._path.glob(self.container.files)))
 
     def has(self, shard: str) -> bool:
         """Whether a shard's header can be had."""
@@ -62,7 +88,11 @@ class Shards:
 
         Raises:
             CheckpointError: as ``headers``, or a header is malformed.
+            UnsupportedError: a ``.bin`` of another make than torch's, as ``read_torch_header``.
         """
+        if self.container is TORCH:
+            yield from (read_torch_header(self._path / shard) for shard in shards)
+            return
         for shard, header in zip(shards, self.headers(shards), strict=True):
             yield parse_header(self._path / shard, header)
 

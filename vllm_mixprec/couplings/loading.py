@@ -152,6 +152,12 @@ LOADING: tuple[Coupling, ...] = (
         family="cuda",
     ),
     Coupling(
+        f"{_QUANT}.auto_awq:AutoAWQConfig",
+        "serves AWQ weights on a GPU, from the fields of a checkpoint's config.json",
+        members=("from_config", "get_quant_method"),
+        family="cuda",
+    ),
+    Coupling(
         f"{_MODELS}.utils:WeightsMapper",
         "turns the checkpoint's names into vLLM's",
         members=("map_name",),

@@ -13,7 +13,7 @@ import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
-from vllm_mixprec.checkpoint.dequantize import dequantize
+from vllm_mixprec.checkpoint.dequantize import dequantize, relayout
 from vllm_mixprec.errors import MixPrecError, RouteError
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.quant.experts import load_expert
@@ -91,7 +91,7 @@ class Intake:
             )
 
     def _assemble(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) as the layers expect them; dequantise what is widened."""
+        """Yield (name, tensor) as the layers expect them; dequantise or lay out what is not so."""
         for name, tensor in weights:
             module, _, suffix = name.rpartition(".")
             route = self.held.get(module)
@@ -105,7 +105,7 @@ class Intake:
                     "that the plan routes the module to"
                 )
             self._came.setdefault(module, set()).add(suffix)
-            if suffix == "g_idx" or (route.widened and suffix != "bias"):
+            if suffix == "g_idx" or (suffix != "bias" and (route.widened or route.relaid)):
                 parts = self._waiting.setdefault(module, {})
                 if suffix in parts:
                     raise RouteError(
@@ -129,17 +129,20 @@ class Intake:
         self, route: Route, parts: dict[str, torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield a module's weight once all its companions are here; check an activation order."""
-        if not route.widened:
+        if not (route.widened or route.relaid):
             del self._waiting[route.module]
             check_order(route, parts["g_idx"])
             return
         if len(parts) == len(_companions(route)):
             del self._waiting[route.module]
-            yield f"{route.module}.weight", self._dequantize(route, parts)
+            for suffix, tensor in self._convert(route, parts).items():
+                yield f"{route.module}.{suffix}", tensor
 
-    def _dequantize(self, route: Route, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _convert(self, route: Route, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         try:
-            return dequantize(route.stored, parts, self._dtype)
+            if route.relaid:
+                return relayout(route.stored, route.served, parts)
+            return {"weight": dequantize(route.stored, parts, self._dtype)}
         except MixPrecError as error:
             raise type(error)(f"{route.module} of source {route.source!r}: {error}") from error
 

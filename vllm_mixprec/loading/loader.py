@@ -234,7 +234,8 @@ def summarise(routes: Iterable[Route]) -> list[str]:
     totals: dict[tuple[str, str], list[int]] = {}
     widened: dict[str, list[int]] = {}
     for route in routes:
-        entry = totals.setdefault((route.source, route.stored.label), [0, 0])
+        label = route.stored.label + (f" as {route.served.label}" if route.relaid else "")
+        entry = totals.setdefault((route.source, label), [0, 0])
         entry[0] += 1
         entry[1] += route.stored_bytes
         if route.widened:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read chosen tensors out of safetensors files: no other byte, in file order, a few reads ahead."""
+"""Read chosen tensors out of a checkpoint's files: no other byte, in file order, reading ahead."""
 
 import os
 from collections import deque

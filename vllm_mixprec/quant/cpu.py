@@ -27,6 +27,7 @@ from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant.cpu_ops import (
     ExpertKernel,
+    Int4Layout,
     fp8_linear,
     int4_linear,
     mixed_experts,
@@ -36,7 +37,7 @@ from vllm_mixprec.quant.cpu_ops import (
 from vllm_mixprec.quant.expert_parameters import (
     ExpertSizes,
     create_fp8_block,
-    create_gptq,
+    create_int4,
     create_plain,
     is_plain_silu,
 )
@@ -125,7 +126,7 @@ class CpuFp8LinearMethod(_CpuLinearMethod):
 
 @register_weight_loader_v2_supported_method
 class CpuInt4LinearMethod(_CpuLinearMethod):
-    """GPTQ int4 weights, symmetric or not; the kernel rounds activations to int8 a token."""
+    """GPTQ or AWQ int4 weights, symmetric or not; the kernel rounds activations to int8 a token."""
 
     def create_weights(
         self,
@@ -140,14 +141,17 @@ class CpuInt4LinearMethod(_CpuLinearMethod):
         group_size = self.scheme.group_size
         assert group_size is not None
         rows, columns = input_size_per_partition, sum(output_partition_sizes)
+        is_awq = self.scheme.format == "awq"
         loader = extra_weight_attrs["weight_loader"]
         layer.register_parameter(
             "qweight",
             PackedvLLMParameter(
-                data=torch.empty(rows // 8, columns, dtype=torch.int32),
+                data=torch.empty(
+                    (rows, columns // 8) if is_awq else (rows // 8, columns), dtype=torch.int32
+                ),
                 input_dim=0,
                 output_dim=1,
-                packed_dim=0,
+                packed_dim=1 if is_awq else 0,
                 packed_factor=8,
                 weight_loader=loader,
             ),
@@ -174,8 +178,9 @@ class CpuInt4LinearMethod(_CpuLinearMethod):
         )
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        zeros = _gptq_v1_zeros(self.scheme, layer.qzeros.data)
-        weight, scale, zero = pack_int4(layer.qweight.data, layer.scales.data, zeros)
+        weight, scale, zero = _pack_int4(
+            self.scheme, layer.qweight.data, layer.scales.data, layer.qzeros.data
+        )
         self._finish(
             layer, ("qweight", "qzeros", "scales"), qweight=weight, qzeros=zero, scales=scale
         )
@@ -184,12 +189,19 @@ class CpuInt4LinearMethod(_CpuLinearMethod):
         return int4_linear(x, layer.qweight, layer.scales, layer.qzeros)
 
 
-def _gptq_v1_zeros(scheme: Scheme, zeros: torch.Tensor) -> torch.Tensor:
-    """Return qzeros as GPTQ v1 stores them; a symmetric v2 checkpoint's are one constant."""
-    if scheme.zero_offset == 1:
-        return zeros
-    assert scheme.symmetric, "routing widens asymmetric GPTQ v2 weights"
-    return torch.full_like(zeros, GPTQ_SYMMETRIC_ZERO)
+def _pack_int4(
+    scheme: Scheme, weight: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Block a weight for the kernel; a symmetric GPTQ v2 checkpoint's zero points are one constant.
+
+    Returns the blocked weight, scale and zero point.
+    """
+    if scheme.format == "awq":
+        return pack_int4(weight, scale, zeros, Int4Layout.AWQ)
+    if scheme.zero_offset != 1:
+        assert scheme.symmetric, "routing lays asymmetric GPTQ v2 weights out as AWQ"
+        zeros = torch.full_like(zeros, GPTQ_SYMMETRIC_ZERO)
+    return pack_int4(weight, scale, zeros, Int4Layout.GPTQ)
 
 
 class CpuExpertsMethod(FusedMoEMethodBase):
@@ -315,7 +327,7 @@ class CpuFp8ExpertsMethod(CpuExpertsMethod):
 
 
 class CpuInt4ExpertsMethod(CpuExpertsMethod):
-    """GPTQ int4 experts, W4A8, symmetric or not."""
+    """GPTQ or AWQ int4 experts, W4A8, symmetric or not."""
 
     kernel = ExpertKernel.INT4
     names = ("w13_qweight", "w2_qweight", "w13_scales", "w2_scales", "w13_qzeros", "w2_qzeros")
@@ -330,9 +342,9 @@ class CpuInt4ExpertsMethod(CpuExpertsMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition)
-        create_gptq(layer, sizes, self.scheme, torch.float32, extra_weight_attrs)
+        create_int4(layer, sizes, self.scheme, torch.float32, extra_weight_attrs)
 
     def pack(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        return pack_int4(weight, scale, _gptq_v1_zeros(self.scheme, zero))
+        return _pack_int4(self.scheme, weight, scale, zero)

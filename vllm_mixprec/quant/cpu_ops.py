@@ -17,6 +17,11 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_dtype
 
+from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack
+
+Int4Layout = ops.CPUQuantAlgo
+"""What int4 weights are packed from: AWQ's words or GPTQ v1's."""
+
 
 class ExpertKernel(IntEnum):
     """A weight format of ``fused_experts_cpu``; the values are vLLM's ``CPUQuantMethod``."""
@@ -36,15 +41,16 @@ def pack_plain(weight: torch.Tensor) -> torch.Tensor:
 
 
 def pack_int4(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: Int4Layout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Block GPTQ v1 tensors, of one linear or, with a leading dimension, of experts.
+    """Block int4 tensors, of one linear or, with a leading dimension, of experts.
 
-    ``weight`` (K / 8, N) int32, ``scale`` (K / g, N), ``zero`` (K / g, N / 8) int32 holding zero
-    point - 1. Returns the blocked weight uint8, scale float32 and zero point int8.
+    Of GPTQ v1 ``weight`` is (K / 8, N) int32, of AWQ (K, N / 8); ``scale`` (K / g, N), ``zero``
+    (K / g, N / 8) int32 holding the zero points, of GPTQ less 1, each as its checkpoints pack it.
+    Returns the blocked weight uint8, scale float32 and zero point int8.
     """
     weight, zero, scale = ops.convert_weight_packed_scale_zp(
-        weight.contiguous(), zero.contiguous(), scale.float().contiguous(), ops.CPUQuantAlgo.GPTQ
+        weight.contiguous(), zero.contiguous(), scale.float().contiguous(), layout
     )
     return weight, scale, zero
 
@@ -206,17 +212,17 @@ mixed_experts = torch.ops.vllm_mixprec.cpu_mixed_experts
 
 
 @cache
-def probe(kernel: ExpertKernel) -> str | None:
+def probe(kernel: ExpertKernel, layout: Int4Layout | None = None) -> str | None:
     """Run a kernel, experts and linear, on a small known case; None means it can be trusted.
 
     Two experts, 256 x 128, three tokens, against float32 arithmetic on the same dequantised
-    weights. Returns what went wrong otherwise. A CPU without the instructions would die of SIGILL
-    here, so the caller asks the CPU's flags first.
+    weights; ``layout`` is that of int4 ones. Returns what went wrong otherwise. A CPU without the
+    instructions would die of SIGILL here, so the caller asks the CPU's flags first.
     """
     # A worker calls this while it builds the model, under the model's default dtype and device.
     with set_default_torch_dtype(torch.float32), torch.device("cpu"):
         try:
-            error = _probe(kernel)
+            error = _probe(kernel, layout)
         except (RuntimeError, AttributeError, NotImplementedError) as problem:
             return f"its probe raised {type(problem).__name__}: {str(problem).splitlines()[0]}"
     # int8 activations cost the int4 kernel about 0.02, rounding to bf16 the others 0.004; a wrong
@@ -226,16 +232,16 @@ def probe(kernel: ExpertKernel) -> str | None:
     return None
 
 
-def _probe(kernel: ExpertKernel) -> float:
+def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
     """Return the larger relative error of the expert and the linear kernel."""
     generator = torch.Generator().manual_seed(0)
     hidden, inner = 256, 128
     x = torch.randn(3, hidden, generator=generator).bfloat16()
     ids = torch.tensor([[0, 1], [1, 0], [1, 0]], dtype=torch.int32)
     weights = torch.rand(3, 2, generator=generator)
-    w13, stored13 = _probe_weights(kernel, 2 * inner, hidden, generator)
-    w2, stored2 = _probe_weights(kernel, hidden, inner, generator)
-    packed = zip(_pack(kernel, stored13), _pack(kernel, stored2), strict=True)
+    w13, stored13 = _probe_weights(kernel, layout, 2 * inner, hidden, generator)
+    w2, stored2 = _probe_weights(kernel, layout, hidden, inner, generator)
+    packed = zip(_pack(layout, stored13), _pack(layout, stored2), strict=True)
     block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
     tensors = [tensor for pair in packed for tensor in pair]
     out = mixed_experts(x, weights, ids, None, tensors, [kernel], block)
@@ -248,7 +254,7 @@ def _probe(kernel: ExpertKernel) -> float:
     error = ((out.float() - expected).norm() / expected.norm()).item()
     if kernel is ExpertKernel.BF16:  # vLLM's own linear serves bf16
         return error
-    linear = _pack(kernel, [tensor[0] for tensor in stored13])
+    linear = _pack(layout, [tensor[0] for tensor in stored13])
     out = (
         fp8_linear(x, *linear, block)
         if kernel is ExpertKernel.FP8_BLOCK
@@ -258,14 +264,19 @@ def _probe(kernel: ExpertKernel) -> float:
     return max(error, ((out.float() - expected).norm() / expected.norm()).item())
 
 
-def _pack(kernel: ExpertKernel, stored: list[torch.Tensor]) -> list[torch.Tensor]:
-    if kernel is ExpertKernel.INT4:
-        return list(pack_int4(*stored))
+def _pack(layout: Int4Layout | None, stored: list[torch.Tensor]) -> list[torch.Tensor]:
+    if layout is not None:
+        weight, scale, zero = stored
+        return list(pack_int4(weight, scale, zero, layout))
     return [pack_plain(stored[0]), *stored[1:]]
 
 
 def _probe_weights(
-    kernel: ExpertKernel, n: int, k: int, generator: torch.Generator
+    kernel: ExpertKernel,
+    layout: Int4Layout | None,
+    n: int,
+    k: int,
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return two experts' float32 weights (2, n, k) and the tensors a checkpoint holds of them."""
     weight = torch.randn(2, n, k, generator=generator)
@@ -279,11 +290,13 @@ def _probe_weights(
         return weight.float() * wide, [weight, scale]
     group = 64
     codes = torch.randint(0, 16, (2, k, n), generator=generator)
-    zeros = torch.randint(1, 17, (2, k // group, n), generator=generator)
+    offset = 0 if layout == Int4Layout.AWQ else 1  # what is added to a stored zero point
+    zeros = torch.randint(0, 16, (2, k // group, n), generator=generator) + offset
     scale = torch.rand(2, k // group, n, generator=generator) / (6 * k**0.5)
     centred = codes - zeros.repeat_interleave(group, 1)
     dense = (centred * scale.repeat_interleave(group, 1)).mT.contiguous()
-    shifts = torch.arange(0, 32, 4)
-    words = (codes.view(2, k // 8, 8, n) << shifts[:, None]).sum(2)
-    zero_words = ((zeros - 1).view(2, k // group, n // 8, 8) << shifts).sum(3)
-    return dense, [words.int(), scale, zero_words.int()]
+    if layout == Int4Layout.AWQ:
+        words, zero_words = (pack(each.int(), 4, AWQ_ORDER) for each in (codes, zeros))
+    else:
+        words, zero_words = pack(codes.mT.int(), 4).mT, pack((zeros - offset).int(), 4)
+    return dense, [words, scale, zero_words]

@@ -48,15 +48,16 @@ def create_fp8_block(
         _create(layer, f"{name}_weight_scale_inv", shape, torch.float32, scales)
 
 
-def create_gptq(
+def create_int4(
     layer: Module,
     sizes: ExpertSizes,
     scheme: Scheme,
     scale_dtype: torch.dtype,
     attributes: dict[str, Any],
 ) -> None:
-    """Add ``*_qweight`` int32 [experts, K / 8, N], ``*_scales`` [experts, K / group size, N] and
-    ``*_qzeros`` int32 [experts, K / group size, N / 8], of 4 bits.
+    """Add ``*_qweight`` int32 [experts, K / 8, N], or as AWQ packs it [experts, K, N / 8],
+    ``*_scales`` [experts, K / group size, N] and ``*_qzeros`` int32 [experts, K / group size,
+    N / 8], of 4 bits.
     """
     group_size = scheme.group_size
     assert group_size is not None
@@ -66,8 +67,8 @@ def create_gptq(
     }
     for name, columns, rows in sizes.weights():
         groups = 1 if group_size < 0 else rows // group_size  # -1: one group spans all of K
-        shape = (sizes.experts, rows // 8, columns)
-        _create(layer, f"{name}_qweight", shape, torch.int32, attributes)
+        words = (rows, columns // 8) if scheme.format == "awq" else (rows // 8, columns)
+        _create(layer, f"{name}_qweight", (sizes.experts, *words), torch.int32, attributes)
         shape = (sizes.experts, groups, columns)
         _create(layer, f"{name}_scales", shape, scale_dtype, attributes)
         shape = (sizes.experts, groups, columns // 8)

@@ -236,6 +236,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 MAPPED_BACKENDS: dict[str, tuple[tuple[int, str], ...]] = {
     "fp8_block": ((89, "triton"), (80, "marlin")),
     "gptq": ((80, "marlin"),),
+    "awq": ((80, "marlin"),),
     "bf16": ((0, "triton"),),
 }
 

@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant import cpu
-from vllm_mixprec.quant.cpu_ops import ExpertKernel, probe
+from vllm_mixprec.quant.cpu_ops import ExpertKernel, Int4Layout, probe
 from vllm_mixprec.quant.expert_parameters import is_plain_silu
 from vllm_mixprec.routing.kernels import PLATFORM_VARIABLE, Platform, detect_platform
 
@@ -32,16 +32,23 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.mixprec")
 
-_CPU_LINEAR = {"fp8_block": cpu.CpuFp8LinearMethod, "gptq": cpu.CpuInt4LinearMethod}
+_CPU_LINEAR = {
+    "fp8_block": cpu.CpuFp8LinearMethod,
+    "gptq": cpu.CpuInt4LinearMethod,
+    "awq": cpu.CpuInt4LinearMethod,
+}
 _CPU_EXPERTS = {
     "bf16": cpu.CpuBf16ExpertsMethod,
     "fp8_block": cpu.CpuFp8ExpertsMethod,
     "gptq": cpu.CpuInt4ExpertsMethod,
+    "awq": cpu.CpuInt4ExpertsMethod,
 }
+# Format -> the kernel and, of int4, the layout that it is packed from.
 _CPU_KERNELS = {
-    "bf16": ExpertKernel.BF16,
-    "fp8_block": ExpertKernel.FP8_BLOCK,
-    "gptq": ExpertKernel.INT4,
+    "bf16": (ExpertKernel.BF16, None),
+    "fp8_block": (ExpertKernel.FP8_BLOCK, None),
+    "gptq": (ExpertKernel.INT4, Int4Layout.GPTQ),
+    "awq": (ExpertKernel.INT4, Int4Layout.AWQ),
 }
 
 
@@ -105,7 +112,7 @@ def kernel_problem(format: str) -> str | None:
     """
     if detect_platform().name != "cpu-avx512":
         return "the CPU lacks AVX512_BF16 or AVX512_VNNI"
-    return probe(_CPU_KERNELS[format])
+    return probe(*_CPU_KERNELS[format])
 
 
 def _spell_whole_k(scheme: Scheme, k: int) -> Scheme:
@@ -138,6 +145,13 @@ def _stock_config(scheme: Scheme) -> Any:
                 "lm_head": False,
                 "dynamic": {},
             }
+        )
+    if scheme.format == "awq":
+        from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
+
+        # With zero points also where all are 8: without them its layers read those stored as codes.
+        return AutoAWQConfig.from_config(
+            {"bits": scheme.bits, "group_size": scheme.group_size, "zero_point": True}
         )
     raise UnsupportedError(f"no vLLM method is known for the format {scheme.format!r}")
 

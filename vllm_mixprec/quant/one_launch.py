@@ -20,7 +20,7 @@ from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant.expert_parameters import (
     ExpertSizes,
     create_fp8_block,
-    create_gptq,
+    create_int4,
     create_plain,
     is_plain_silu,
 )
@@ -83,6 +83,8 @@ def _problem(schemes: Sequence[Scheme], platform: Platform, layer: "RoutedExpert
     if moe.in_dtype not in (torch.bfloat16, torch.float16):
         return f"hidden states in {moe.in_dtype}"
     for scheme in schemes:
+        if scheme.is_quantized and scheme.format not in ("fp8_block", "gptq"):
+            return f"{scheme.label}: it takes FP8 in blocks and GPTQ int4"
         if scheme.format == "gptq" and scheme.bits != 4:
             return f"{scheme.label}: it takes 4 bits"
         sizes = moe.hidden_dim, moe.intermediate_size_per_partition
@@ -117,7 +119,7 @@ class HeldExpertsMethod(FusedMoEMethodBase):
             create_fp8_block(layer, sizes, self.scheme, extra_weight_attrs)
         elif self.scheme.format == "gptq":
             # As GPTQ stores them; bfloat16 would round them.
-            create_gptq(layer, sizes, self.scheme, torch.float16, extra_weight_attrs)
+            create_int4(layer, sizes, self.scheme, torch.float16, extra_weight_attrs)
         else:
             create_plain(layer, sizes, params_dtype, extra_weight_attrs)
 

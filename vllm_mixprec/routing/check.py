@@ -161,6 +161,8 @@ def _open(plan: Plan, name: str, log: FindingLog) -> Checkpoint | None:
     try:
         checkpoint = open_source(plan, name)
         ModelDims.from_config(checkpoint.config)
+        for note in checkpoint.notes:
+            log.add("note", "source-files", source_place(plan, name), note)
         return checkpoint
     except CheckpointError as error:
         log.add("error", "source-unreadable", source_place(plan, name), str(error))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_mixprec.checkpoint.formats import PLAIN_DTYPES, Scheme
+from vllm_mixprec.checkpoint.formats import FORMATS, PLAIN_DTYPES, Scheme
 from vllm_mixprec.checkpoint.header import TensorSpec
 
 
@@ -46,7 +46,8 @@ class Route:
         module: name in the base's spelling.
         source: the plan's name of the checkpoint that it comes from.
         stored: how that checkpoint holds it.
-        served: how vLLM computes with it: ``stored``, or the base's dtype when widened or cast.
+        served: how vLLM computes with it: ``stored``, another layout of the same numbers, or the
+            base's dtype when widened or cast.
         reason: why it is widened; None when it is not.
         tensors: suffix -> spec in the source's files; a spec's name is the source's own.
         shape: logical shape of the weight, (N, K) for a linear.
@@ -66,6 +67,11 @@ class Route:
         return self.stored.is_quantized and not self.served.is_quantized
 
     @property
+    def relaid(self) -> bool:
+        """Whether a packed weight is laid out anew at load, for the kernel of another format."""
+        return self.served.is_quantized and self.served != self.stored
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of its tensors in the source's files."""
         return sum(spec.nbytes for spec in self.tensors.values())
@@ -77,6 +83,11 @@ class Route:
 
     def served_tensors(self) -> list[tuple[str, int]]:
         """Return (suffix, bytes in memory) of each tensor as served."""
+        if self.relaid:
+            held_bytes = FORMATS[self.served.format].held_bytes
+            assert held_bytes is not None, f"{self.served.label} is no layout of another format"
+            kept = [(s, spec.nbytes) for s, spec in self.tensors.items() if s == "bias"]
+            return [*held_bytes(self.served, self.shape).items(), *kept]
         if self.served.is_quantized:
             return [(suffix, spec.nbytes) for suffix, spec in self.tensors.items()]
         itemsize = self.served.bits // 8

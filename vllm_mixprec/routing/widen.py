@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides which packed modules cannot be served packed, and so are dequantised at load."""
+"""Decides how packed modules are served: as stored, laid out anew, or dequantised at load."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
-from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.checkpoint.formats import FORMATS, Scheme
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.assign import Assignment
 from vllm_mixprec.routing.findings import FindingLog
 from vllm_mixprec.routing.fused import Kind, Unit, group_units, leaf_name, unquantized_reason
-from vllm_mixprec.routing.kernels import Platform, missing_kernel
+from vllm_mixprec.routing.kernels import KERNELS, Platform, missing_kernel
 from vllm_mixprec.routing.parallel import Shard, shard_weight
 from vllm_mixprec.routing.route import Layout, Route
 from vllm_mixprec.routing.structure import ModelDims
@@ -26,7 +27,8 @@ _STACKED_EXPERT_PARTS = frozenset({"gate_proj", "up_proj", "w1", "w3"})
 class _Part:
     """What a decision about one module of a unit depends on, and nothing else.
 
-    ``unquantized`` is why vLLM holds it in plain weights only, None where it does not.
+    ``scheme`` is how it is stored, or a layout in which it could be served. ``unquantized`` is why
+    vLLM holds it in plain weights only, None where it does not.
     """
 
     leaf: str
@@ -48,6 +50,7 @@ class _Widening:
 class _Decision:
     """How a unit is served; ``uncut`` says by part why tensor parallelism cannot cut it."""
 
+    served: tuple[Scheme, ...]
     widening: _Widening | None
     uncut: tuple[str | None, ...] | None
 
@@ -88,8 +91,8 @@ class Widener:
                 decision = self._decisions[key] = self._decide(*key)
             widening = decision.widening
             made = [
-                _make_route(module, assignments[module], part.scheme, self._base_scheme, widening)
-                for module, part in zip(unit.modules, parts, strict=True)
+                _make_route(module, assignments[module], served, widening)
+                for module, served in zip(unit.modules, decision.served, strict=True)
             ]
             routes.update((route.module, route) for route in made)
             if not any(self._dims.is_loaded(name, self._layout.draft) for name in unit.modules):
@@ -115,20 +118,36 @@ class Widener:
             for part in parts
         ]
         uncut = tuple(shard.problem for shard in shards)
-        return _Decision(self._widening(kind, parts, shards), uncut if any(uncut) else None)
+        served, widening = self._serve(kind, parts, shards)
+        return _Decision(served, widening, uncut if any(uncut) else None)
 
-    def _widening(
+    def _serve(
         self, kind: Kind, parts: tuple[_Part, ...], shards: list[Shard]
-    ) -> _Widening | None:
+    ) -> tuple[tuple[Scheme, ...], _Widening | None]:
+        """Return the parts' schemes as served, and why they are widened if they are."""
+        widened = (self._base_scheme,) * len(parts)
         if not any(part.scheme.is_quantized for part in parts):
-            return None
+            return tuple(part.scheme for part in parts), None
         no_kernel = "missing_kernel" if self._options.missing_kernel == "error" else None
         for part in parts:
             if part.unquantized is not None:
-                return _Widening("layer-unquantized", part.unquantized, no_kernel)
-        if shared_scheme([(part.scheme, part.shape) for part in parts]) is None:
-            refused_by = "mixed_fused" if self._options.mixed_fused == "error" else None
-            return _Widening("fused-mixed", _describe_mix(kind, parts), refused_by)
+                return widened, _Widening("layer-unquantized", part.unquantized, no_kernel)
+        problems: list[tuple[bool, _Widening]] = []
+        for way in _shared_layouts(parts):
+            problem = self._problem(kind, way, shards, no_kernel)
+            if problem is None:
+                return tuple(part.scheme for part in way), None
+            problems.append(((self._platform.family, way[0].scheme.format) in KERNELS, problem))
+        if problems:
+            # A layout that has a kernel here has the reason that helps; else the one stored.
+            return widened, next((why for known, why in problems if known), problems[0][1])
+        refused_by = "mixed_fused" if self._options.mixed_fused == "error" else None
+        return widened, _Widening("fused-mixed", _describe_mix(kind, parts), refused_by)
+
+    def _problem(
+        self, kind: Kind, parts: tuple[_Part, ...], shards: list[Shard], no_kernel: str | None
+    ) -> _Widening | None:
+        """Say why parts of one scheme cannot be served packed, None when they can."""
         for part, shard in zip(parts, shards, strict=True):
             reason = _cut_reason(part.scheme, shard)
             if reason is not None:
@@ -140,6 +159,11 @@ class Widener:
             reason = self._kernel_reason(kind, part, shard)
             if reason is not None:
                 return _Widening("kernel-missing", reason, no_kernel)
+        kernel = KERNELS.get((self._platform.family, parts[0].scheme.format))
+        sizes = {part.scheme.group_size for part in parts}
+        if kind == "experts" and len(sizes) > 1 and kernel is not None and kernel.one_group_size:
+            reason = f"{kernel.name}: it takes groups of one size, not of {sorted(sizes, key=str)}"
+            return _Widening("kernel-missing", reason, no_kernel)
         return None
 
     def _kernel_reason(self, kind: Kind, part: _Part, shard: Shard) -> str | None:
@@ -198,12 +222,16 @@ class Widener:
                 )
 
 
+def _shared_layouts(parts: tuple[_Part, ...]) -> Iterator[tuple[_Part, ...]]:
+    """Yield the parts in each scheme that all of them can be laid out in, as stored first."""
+    each = [(part.scheme, *FORMATS[part.scheme.format].layouts(part.scheme)) for part in parts]
+    for schemes in product(*each):
+        if shared_scheme([(s, part.shape) for s, part in zip(schemes, parts, strict=True)]):
+            yield tuple(replace(p, scheme=s) for p, s in zip(parts, schemes, strict=True))
+
+
 def _make_route(
-    module: str,
-    assignment: Assignment,
-    scheme: Scheme,
-    base_scheme: Scheme,
-    widening: _Widening | None,
+    module: str, assignment: Assignment, served: Scheme, widening: _Widening | None
 ) -> Route:
     stored = assignment.module.scheme
     widened = widening is not None and stored.is_quantized
@@ -211,7 +239,7 @@ def _make_route(
         module=module,
         source=assignment.source,
         stored=stored,
-        served=base_scheme if widening is not None else scheme,
+        served=served,
         reason=widening.reason if widening is not None and widened else None,
         tensors=assignment.tensors,
         shape=assignment.module.shape,

@@ -50,7 +50,7 @@ def test_exports_of_auto_round_are_recognised(checkpoint: str, labels: set[str])
 def test_weights_are_those_that_auto_round_reads(
     checkpoint: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_mixprec.checkpoint.dequantize.CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr("vllm_mixprec.checkpoint.packing.CHUNK_WEIGHTS", chunk)
     modules = open_checkpoint(FIXTURES / checkpoint).modules
     stored = load_file(FIXTURES / checkpoint / "model.safetensors")
     for name, expected in load_file(FIXTURES / checkpoint / "expected.safetensors").items():

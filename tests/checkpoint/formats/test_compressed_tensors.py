@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.utils.match import match_targets
 
 from tests.checkpoint.formats.compressed import compress, config_of
 from tests.checkpoint.formats.stored import NAME, Tensors, define_fp8, specs, write
 from vllm_mixprec.checkpoint import Module, TensorSpec
 from vllm_mixprec.checkpoint.dequantize import dequantize
-from vllm_mixprec.checkpoint.formats import Scheme, recognise
+from vllm_mixprec.checkpoint.formats import QuantizationConfig, Scheme, recognise
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 PACK, FLOAT, MXFP8 = "pack-quantized", "float-quantized", "mxfp8-quantized"
@@ -98,7 +99,7 @@ def test_parts_of_a_layer_do_not_show(
 ) -> None:
     stored, read, _ = compress(PACK, (100, 256), INT4 | symmetry)
     scheme = Scheme("ct_pack", 4, group_size=32, symmetric=not symmetry, zero_offset=0)
-    monkeypatch.setattr("vllm_mixprec.checkpoint.dequantize.CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr("vllm_mixprec.checkpoint.packing.CHUNK_WEIGHTS", chunk)
     assert torch.equal(dequantize(scheme, stored, torch.float32), read["weight"])
 
 
@@ -280,10 +281,27 @@ def test_names_come_before_patterns_and_patterns_before_linear() -> None:
     assert [module.problems for module in found.values()] == [(), (), ()]
 
 
-def test_first_of_the_patterns_that_match_counts() -> None:
-    config = groups(([r"re:.*q_proj"], INT4), ([r"re:.*"], INT4 | {"num_bits": 8}))
-    assert recognise("a.q_proj", packed_specs(), config).scheme.bits == 4
-    assert recognise("a.k_proj", packed_specs(bits=8), config).scheme.bits == 8
+@pytest.mark.parametrize("name", ["a.q_proj", "a.k_proj", "b.mlp"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        (["re:.*q_proj"], ["re:a.*"]),
+        (["re:a.*"], ["re:.*q_proj"]),
+        (["re:.*q_proj"], ["a.q_proj"]),
+        (["Linear"], ["re:a.*"]),
+        (["re:.*", "b.mlp"], ["re:.*"]),
+    ],
+)
+def test_group_that_counts_is_the_librarys(name: str, targets: tuple[list[str], ...]) -> None:
+    """The first of ``match_targets``, as quantization/lifecycle/apply.py chooses a scheme."""
+    bits = (4, 8)
+    by_target = {target: bits[i] for i, group in enumerate(targets) for target in group}
+    matched = match_targets(name, torch.nn.Linear(1, 1), by_target)
+    config = groups(*((group, INT4 | {"num_bits": bits[i]}) for i, group in enumerate(targets)))
+    parsed = QuantizationConfig.parse(config).compressed
+    assert parsed is not None
+    found = parsed.weights_of(name)
+    assert (found and found.bits) == (by_target[matched[0]] if matched else None)
 
 
 def test_fp8_and_integers_may_be_groups_of_one_checkpoint() -> None:

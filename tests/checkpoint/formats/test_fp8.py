@@ -253,5 +253,5 @@ def test_parts_of_a_layer_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         tensors, _ = of_granularity(scale_shape)
         whole = dequantize(Scheme(name, 8), tensors, torch.float32)
         with monkeypatch.context() as patch:
-            patch.setattr("vllm_mixprec.checkpoint.dequantize.CHUNK_WEIGHTS", 1)
+            patch.setattr("vllm_mixprec.checkpoint.packing.CHUNK_WEIGHTS", 1)
             assert torch.equal(dequantize(Scheme(name, 8), tensors, torch.float32), whole)

@@ -57,14 +57,9 @@ def test_unquantised_modules_of_a_quantised_model_are_plain(checkpoint: str, mod
     ("tensors", "config", "match"),
     [
         (
-            specs(weight_packed=("U8", [8, 8]), weight_scale=("U8", [8, 1])),
+            specs(weight_packed=("U8", [2, 8, 8]), weight_scale=("U8", [2, 8, 1])),
             CT,
-            r"compressed-tensors MXFP4 is not supported yet \(tensors: weight_packed U8",
-        ),
-        (
-            specs(weight_packed=("U8", [8, 8]), weight_global_scale=("F32", [1])),
-            CT,
-            "compressed-tensors NVFP4",
+            r"FP4 of 3 dimensions is not supported yet \(tensors: weight_packed U8",
         ),
         (specs(weight_packed=("I32", [8, 8])), None, 'weight_packed of quant_method "None"'),
         (specs(weight_packed=("I32", [2, 8, 8])), CT, r"ct_pack packed as I32 \[2, 8, 8\]"),
@@ -93,8 +88,12 @@ def test_unquantised_modules_of_a_quantised_model_are_plain(checkpoint: str, mod
         (specs(weight=("I8", [8, 8])), CT, 'stored as I8 of quant_method "compressed-tensors"'),
         (specs(weight=("I8", [8, 8]), SCB=("F32", [8])), None, "bitsandbytes int8"),
         (specs(absmax=("F32", [8])), None, "bitsandbytes is not supported"),
-        (specs(weight=("U8", [8, 4]), weight_scale_2=("F32", [])), None, "ModelOpt NVFP4"),
-        (specs(gate_up_proj_blocks=("U8", [8, 4])), MXFP4, 'U8 of quant_method "mxfp4"'),
+        (
+            specs(gate_up_proj_blocks=("U8", [8, 4]), gate_up_proj_scales=("U8", [8, 4])),
+            MXFP4,
+            "MXFP4 of gpt-oss, all experts of a layer in one tensor, is not supported",
+        ),
+        (specs(weight=("U8", [8, 4])), MXFP4, 'U8 of quant_method "mxfp4"'),
     ],
 )
 def test_unknown_format_is_named_with_what_gave_it_away(

@@ -2,13 +2,13 @@
 """Which tensors make up a module, and how its weight is stored: told from headers alone.
 
 ``FORMATS`` is the table of everything that this version reads. A new format is one more entry and
-one more file; how to undo it is in ``checkpoint.dequantize``.
+one more file: docs/formats.md shows one.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_mixprec.checkpoint.formats.awq import AWQ, recognise_awq
+from vllm_mixprec.checkpoint.formats.awq import AWQ
 from vllm_mixprec.checkpoint.formats.base import (
     PLAIN_DTYPES,
     Format,
@@ -18,15 +18,12 @@ from vllm_mixprec.checkpoint.formats.base import (
     left_over,
     main_tensor,
 )
-from vllm_mixprec.checkpoint.formats.compressed_tensors import (
-    CT_PACK,
-    contradictions,
-    recognise_ct_pack,
-)
+from vllm_mixprec.checkpoint.formats.compressed_tensors import CT_PACK, contradictions
 from vllm_mixprec.checkpoint.formats.config import QuantizationConfig
-from vllm_mixprec.checkpoint.formats.fp8 import fp8, recognise_fp8
-from vllm_mixprec.checkpoint.formats.gptq import GPTQ, recognise_gptq
-from vllm_mixprec.checkpoint.formats.plain import plain, recognise_plain
+from vllm_mixprec.checkpoint.formats.fp4 import fp4
+from vllm_mixprec.checkpoint.formats.fp8 import fp8
+from vllm_mixprec.checkpoint.formats.gptq import GPTQ
+from vllm_mixprec.checkpoint.formats.plain import plain
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.errors import UnsupportedError
 
@@ -52,16 +49,16 @@ FORMATS: dict[str, Format] = {
     "awq": AWQ,
     "ct_fp8": fp8("ct_fp8"),
     "ct_pack": CT_PACK,
+    "nvfp4": fp4("nvfp4"),
+    "mxfp4": fp4("mxfp4"),
 }
-"""Every format that this version reads."""
+"""Every format that this version reads; a module is of the first that recognises it."""
 
-RECOGNISERS = (recognise_plain, recognise_fp8, recognise_gptq, recognise_awq, recognise_ct_pack)
-"""Each tells the scheme of the modules of its formats, None of others, and raises UnsupportedError
-for a variant that cannot be read."""
+_RECOGNISERS = tuple(dict.fromkeys(known.recognise for known in FORMATS.values()))
 
 FOREIGN_SUFFIXES = {
-    "weight_global_scale": "compressed-tensors NVFP4",
-    "weight_scale_2": "ModelOpt NVFP4",
+    "gate_up_proj_blocks": "MXFP4 of gpt-oss, all experts of a layer in one tensor,",
+    "down_proj_blocks": "MXFP4 of gpt-oss, all experts of a layer in one tensor,",
     "bitmask": "compressed-tensors sparse",
     "absmax": "bitsandbytes",
     "quant_map": "bitsandbytes",
@@ -116,7 +113,7 @@ def _scheme(name: str, tensors: Tensors, config: QuantizationConfig) -> Scheme:
     if not FOREIGN_SUFFIXES.keys().isdisjoint(tensors):
         foreign = next(suffix for suffix in tensors if suffix in FOREIGN_SUFFIXES)
         raise UnsupportedError(FOREIGN_SUFFIXES[foreign])
-    for recognise_family in RECOGNISERS:
+    for recognise_family in _RECOGNISERS:
         scheme = recognise_family(tensors, config, name)
         if scheme is not None:
             return scheme

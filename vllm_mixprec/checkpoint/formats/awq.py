@@ -5,12 +5,28 @@
 of its eight; ``qzeros`` (K/g, N/8) I32 likewise; ``scales`` (K/g, N).
 """
 
-from functools import lru_cache
+from __future__ import annotations
 
-from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, Format, Scheme, Tensors
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from vllm_mixprec.checkpoint.formats.base import (
+    ACTIVATION_SCALES,
+    Format,
+    Scheme,
+    Tensors,
+    integer_bytes,
+    integer_layouts,
+)
 from vllm_mixprec.checkpoint.formats.config import QuantizationConfig
 from vllm_mixprec.checkpoint.formats.gptq import companion_problems, has_companions
 from vllm_mixprec.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_mixprec.checkpoint.packing import Integers
 
 
 def recognise_awq(tensors: Tensors, config: QuantizationConfig, name: str) -> Scheme | None:
@@ -47,9 +63,35 @@ def _problems(tensors: Tensors, scheme: Scheme) -> list[str]:
     return companion_problems(tensors, scheme, n, k)
 
 
+def _read(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Integers:
+    """AutoAWQ, awq/utils/packing_utils.py, ``dequantize_gemm``."""
+    import torch
+
+    from vllm_mixprec.checkpoint import packing
+
+    bits, group_size = packing.sizes(scheme, (4,))
+    qweight = packing.stored(tensors, "qweight")
+    k, n = qweight.shape[0], qweight.shape[1] * 8
+    groups = -(-k // group_size)
+    qzeros = packing.stored(tensors, "qzeros", (groups, n // 8))
+    return packing.Integers(
+        shape=(n, k),
+        codes_of=lambda part: packing.unpack(
+            qweight[:, part.start // 8 : part.stop // 8], bits, packing.AWQ_ORDER
+        ),
+        zeros=packing.unpack(qzeros, bits, packing.AWQ_ORDER),
+        scales=packing.stored(tensors, "scales", (groups, n)),
+        group=torch.arange(k, device=qweight.device) // group_size,
+    )
+
+
 AWQ = Format(
     name="awq",
     suffixes=frozenset({"qweight", "qzeros", "scales", "bias"}) | ACTIVATION_SCALES,
+    recognise=recognise_awq,
     shape=_shape,
     problems=_problems,
+    read=_read,
+    layouts=integer_layouts,
+    held_bytes=integer_bytes,
 )

@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every format file speaks of: the scheme of a weight, a module, an entry of ``FORMATS``."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm_mixprec.checkpoint.header import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_mixprec.checkpoint.formats.config import QuantizationConfig
+    from vllm_mixprec.checkpoint.packing import StoredWeight
 
 Tensors = Mapping[str, TensorSpec]
 """The tensors of one module: suffix ("weight", "qweight", ...) -> spec."""
@@ -22,6 +31,8 @@ WEIGHT_COMPANIONS = frozenset(
         "weight_scale_inv",
         "weight_scale",
         "weight_zero_point",
+        "weight_global_scale",
+        "weight_scale_2",
         "weight_shape",
         "weight_g_idx",
         "scales",
@@ -32,7 +43,15 @@ WEIGHT_COMPANIONS = frozenset(
 """Suffixes that mean nothing without a quantised weight."""
 
 ACTIVATION_SCALES = frozenset(
-    {"input_scale", "output_scale", "q_scale", "k_scale", "v_scale", "prob_scale"}
+    {
+        "input_scale",
+        "input_global_scale",
+        "output_scale",
+        "q_scale",
+        "k_scale",
+        "v_scale",
+        "prob_scale",
+    }
 )
 """Suffixes that may stand beside any quantised weight; the weight's value does not need them."""
 
@@ -46,7 +65,8 @@ class Scheme:
         bits: of one weight.
         group_size: gptq, awq, ct_pack: weights along K that share a scale; a -1 in the config has
             become K.
-        block: fp8_block, ct_fp8: weights of N and of K that share a scale; MX is (1, 32).
+        block: fp8_block, ct_fp8, nvfp4, mxfp4: weights of N and of K that share a scale; MX is
+            (1, 32).
         symmetric: gptq, awq, ct_pack: the config promises the zero point ``2 ** (bits - 1)``
             everywhere.
         desc_act: gptq, ct_pack: ``g_idx`` is not simply ``k // group_size``, as the config has
@@ -54,7 +74,7 @@ class Scheme:
         zero_offset: what is added to a stored zero point. gptq: 1 for the original layout, 0 for
             ``checkpoint_format`` "gptq_v2". awq, ct_pack: 0.
         granularity: ct_fp8 without a block: what shares a scale, "channel" (a row) or "tensor".
-        scale_format: the fp8 formats: "float"; "e8m0", a byte ``b`` for ``2 ** (b - 127)``;
+        scale_format: the fp8 and fp4 formats: "float"; "e8m0", a byte ``b`` for ``2 ** (b - 127)``;
             "e8m0_packed", four such bytes to an int32 along K, the lowest first.
     """
 
@@ -124,20 +144,77 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One way of storing a weight.
+    """One way of storing a weight: everything that the package knows of it.
 
     Attributes:
         name: its key in ``FORMATS``.
         suffixes: tensors that a module of this format may have; others are left over. Empty:
             any.
+        recognise: the scheme of a module's tensors (with the config and the module's name), None
+            when they are of another family; formats of one family share it. Raises
+            UnsupportedError for a variant that cannot be read.
         shape: the logical shape of the weight.
         problems: what does not fit together, one line each.
+        read: the weight behind a module's tensors (suffix -> tensor as loaded), which can be
+            dequantised; raises as ``checkpoint.dequantize.dequantize`` does. It is what imports
+            torch, and does so when it is called.
+        layouts: schemes of other layouts that hold the same numbers, not one changed, best first.
+        held_bytes: suffix -> bytes in memory of a weight (N, K) that is served so; of formats
+            that are another's layout. Scales count as float32.
     """
 
     name: str
     suffixes: frozenset[str]
+    recognise: Callable[[Tensors, QuantizationConfig, str], Scheme | None]
     shape: Callable[[Tensors, Scheme], tuple[int, ...]]
     problems: Callable[[Tensors, Scheme], list[str]]
+    read: Callable[[Scheme, Mapping[str, torch.Tensor]], StoredWeight]
+    layouts: Callable[[Scheme], tuple[Scheme, ...]] = lambda scheme: ()
+    held_bytes: Callable[[Scheme, tuple[int, ...]], dict[str, int]] | None = None
+
+
+KERNEL_GROUPS = (128, 64, 32)
+"""Group sizes that packed kernels take; a larger group is as many of these with one scale."""
+
+
+def integer_layouts(scheme: Scheme) -> tuple[Scheme, ...]:
+    """List the GPTQ and AWQ layouts of integers in groups, whole groups first.
+
+    Symmetric weights are GPTQ v1's; zero points that vary are AWQ's, which holds 0 to 15, unless
+    they are GPTQ v1's own 1 to 16. Weights in act-order have no other layout.
+    """
+    if scheme.desc_act or scheme.group_size is None:
+        return ()
+    whole = scheme.group_size
+    groups = (whole, *(size for size in KERNEL_GROUPS if size < whole and whole % size == 0))
+    if scheme.symmetric or (scheme.format == "gptq" and scheme.zero_offset == 1):
+        name, zero_offset = "gptq", 1
+    elif scheme.bits == 4:
+        name, zero_offset = "awq", 0
+    else:
+        return ()
+    made = (
+        Scheme(
+            name,
+            bits=scheme.bits,
+            group_size=size,
+            symmetric=scheme.symmetric,
+            zero_offset=zero_offset,
+        )
+        for size in groups
+    )
+    return tuple(layout for layout in made if layout != scheme)
+
+
+def integer_bytes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, int]:
+    """Count the bytes of a GPTQ or AWQ module of (N, K), its scales in float32."""
+    n, k = shape
+    groups = -(-k // (scheme.group_size or k or 1))
+    return {
+        "qweight": n * k * scheme.bits // 8,
+        "qzeros": groups * n * scheme.bits // 8,
+        "scales": groups * n * 4,
+    }
 
 
 def main_tensor(tensors: Tensors) -> TensorSpec:

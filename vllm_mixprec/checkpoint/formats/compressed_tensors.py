@@ -8,7 +8,11 @@ bits first, each stored plus ``2 ** (bits - 1)``: ``weight_packed`` (N, ceil(K/p
 ``weight_g_idx`` (K,) I32, where ``actorder`` is "group".
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from vllm_mixprec.checkpoint.formats.base import (
     ACTIVATION_SCALES,
@@ -16,12 +20,18 @@ from vllm_mixprec.checkpoint.formats.base import (
     Format,
     Scheme,
     Tensors,
+    integer_layouts,
     left_over,
     misfit,
     missing,
 )
 from vllm_mixprec.checkpoint.formats.config import CompressedTensors, QuantizationConfig
-from vllm_mixprec.errors import UnsupportedError
+from vllm_mixprec.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_mixprec.checkpoint.packing import Integers
 
 CT_BITS = (4, 8)
 
@@ -29,11 +39,8 @@ CT_BITS = (4, 8)
 def recognise_ct_pack(tensors: Tensors, config: QuantizationConfig, name: str) -> Scheme | None:
     """Recognise ``weight_packed``, asking the module's config group for all that it hides."""
     packed = tensors.get("weight_packed")
-    if packed is None:
+    if packed is None or packed.dtype == "U8":  # bytes are FP4's
         return None
-    if packed.dtype == "U8":
-        is_nvfp4 = "weight_global_scale" in tensors
-        raise UnsupportedError(f"compressed-tensors {'NVFP4' if is_nvfp4 else 'MXFP4'}")
     if packed.dtype != "I32" or len(packed.shape) != 2:
         raise UnsupportedError(f"ct_pack packed as {packed.dtype} {list(packed.shape)}")
     if config.compressed is None:
@@ -93,6 +100,40 @@ def _problems(tensors: Tensors, scheme: Scheme) -> list[str]:
     return problems
 
 
+def _read(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Integers:
+    """compressed_tensors, pack_quantized/base.py, ``decompress``.
+
+    Codes and zero points are stored plus ``2 ** (bits - 1)``, which cancels out of the difference.
+    """
+    import torch
+
+    from vllm_mixprec.checkpoint import packing
+
+    bits, group_size = packing.sizes(scheme, CT_BITS)
+    packed = packing.stored(tensors, "weight_packed")
+    n, k = packed.shape[0], packed.shape[1] * 32 // bits
+    shape = packing.stored(tensors, "weight_shape", (2,)).tolist()
+    if shape != [n, k]:
+        raise CheckpointError(
+            f"weight_shape: {shape}, expected {[n, k]} as weight_packed is {list(packed.shape)}. "
+            "Re-export the module, or choose another source."
+        )
+    groups = -(-k // group_size)
+    if scheme.symmetric:
+        middle = torch.tensor(1 << (bits - 1), dtype=torch.int32, device=packed.device)
+        zeros = middle.expand(groups, n)
+    else:
+        words = packing.stored(tensors, "weight_zero_point", (-(-n * bits // 32), groups))
+        zeros = packing.unpack(words.t(), bits)[:, :n]
+    return packing.Integers(
+        shape=(n, k),
+        codes_of=lambda part: packing.unpack(packed[part], bits).t(),
+        zeros=zeros,
+        scales=packing.stored(tensors, "weight_scale", (n, groups)).t(),
+        group=packing.row_groups(tensors, "weight_g_idx", k, group_size, groups, packed.device),
+    )
+
+
 CT_PACK = Format(
     name="ct_pack",
     suffixes=frozenset(
@@ -106,8 +147,11 @@ CT_PACK = Format(
         }
     )
     | ACTIVATION_SCALES,
+    recognise=recognise_ct_pack,
     shape=_shape,
     problems=_problems,
+    read=_read,
+    layouts=integer_layouts,
 )
 
 
@@ -115,18 +159,18 @@ def contradictions(
     name: str, tensors: Tensors, scheme: Scheme, config: CompressedTensors
 ) -> list[str]:
     """List what ``config_groups`` and ``ignore`` say of a quantised module that cannot be true."""
-    weight = tensors["weight_packed" if scheme.format == "ct_pack" else "weight"]
+    weight = tensors["weight_packed" if "weight_packed" in tensors else "weight"]
     if config.ignores(name):
         why = '"ignore" of quantization_config names the module'
         return [misfit(weight, "an unquantised weight", why)]
     args = config.weights_of(name)
     if args is None:
         if scheme.format != "ct_pack":
-            return []  # the header tells everything about fp8
+            return []  # the header tells everything about floats
         why = "nothing else tells its bits and groups"
         return [misfit(weight, "a group of config_groups that targets the module", why)]
-    kind, bits = ("int", scheme.bits) if scheme.format == "ct_pack" else ("float", 8)
-    if (args.kind, args.bits) != (kind, bits):
+    kind = "int" if scheme.format == "ct_pack" else "float"
+    if (args.kind, args.bits) != (kind, scheme.bits):
         expected = f"a weight of type {args.kind} with {args.bits} bits"
         return [misfit(weight, expected, "config_groups of quantization_config")]
     return []

@@ -52,7 +52,7 @@ class CompressedTensors:
 
     Attributes:
         by_name: settings of targets that are a module's name.
-        by_pattern: of targets that start with "re:", matched from the name's beginning.
+        by_pattern: of targets that start with "re:", matched from the name's beginning; sorted.
         linear: of the target "Linear", which stands for every linear layer.
         ignored_names, ignored_patterns: modules that are not quantised.
     """
@@ -311,8 +311,10 @@ def _parse_extra_patterns(extra: Mapping[str, Settings]) -> list[tuple[Expressio
 
 
 def _parse_compressed(raw: Settings) -> CompressedTensors:
+    # As quantization/lifecycle/apply.py: of groups that name one target the last counts, and of
+    # patterns that match one module the first by spelling, in whatever order the groups stand.
     by_name: dict[str, WeightArgs] = {}
-    by_pattern = []
+    by_pattern: dict[str, tuple[Expression, WeightArgs]] = {}
     for group, settings in _settings_by_name(raw, "config_groups").items():
         where = f"config_groups.{group}"
         weights = settings.get("weights")
@@ -321,13 +323,13 @@ def _parse_compressed(raw: Settings) -> CompressedTensors:
         args = _parse_weights(f"{where}.weights", weights)
         for target in _strings(f"{where}.targets", settings.get("targets")):
             if target.startswith("re:"):
-                by_pattern.append((_compile(f"{where}.targets", target[3:]), args))
+                by_pattern[target] = _compile(f"{where}.targets", target[3:]), args
             else:
-                by_name.setdefault(target, args)
+                by_name[target] = args
     ignored = _strings("ignore", raw.get("ignore"))
     return CompressedTensors(
         by_name=by_name,
-        by_pattern=tuple(by_pattern),
+        by_pattern=tuple(by_pattern[target] for target in sorted(by_pattern)),
         linear=by_name.get("Linear"),
         ignored_names=frozenset(ignored),
         ignored_patterns=tuple(_compile("ignore", n[3:]) for n in ignored if n.startswith("re:")),

@@ -14,7 +14,11 @@ bytes to an I32, the lowest first along K, as DeepGEMM packs them
 (``get_mn_major_tma_aligned_packed_ue8m0_tensor``), whose rows may have been repeated to N.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from vllm_mixprec.checkpoint.formats.base import (
     ACTIVATION_SCALES,
@@ -29,6 +33,11 @@ from vllm_mixprec.checkpoint.formats.base import (
 from vllm_mixprec.checkpoint.formats.config import QuantizationConfig, WeightArgs
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_mixprec.checkpoint.packing import StoredWeight
 
 DEFAULT_BLOCK = (128, 128)
 """What DeepSeek-V3 introduced, and every checkpoint uses whose config says nothing."""
@@ -67,7 +76,16 @@ def fp8_scale(tensors: Tensors) -> TensorSpec | None:
 def fp8(name: str) -> Format:
     """Make the entry of one FP8 format."""
     suffixes = frozenset({"weight", "bias", *SCALE_SUFFIXES}) | ACTIVATION_SCALES
-    return Format(name, suffixes, _shape, _problems)
+    return Format(
+        name,
+        suffixes,
+        recognise_fp8,
+        _shape,
+        _problems,
+        _read,
+        _layouts,
+        _held_bytes,
+    )
 
 
 def _asked_by(args: WeightArgs) -> Granularity:
@@ -160,3 +178,69 @@ def _problems(tensors: Tensors, scheme: Scheme) -> list[str]:
         why = "weight_scale_inv is beside it, and one of the two is used"
         problems.append(left_over(tensors["weight_scale"], why))
     return problems
+
+
+def _read(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> StoredWeight:
+    """DeepSeek-V3, inference/kernel.py, ``weight_dequant``: weight times the block's scale."""
+    from vllm_mixprec.checkpoint import packing
+
+    weight = packing.stored(tensors, "weight")
+    if weight.dim() != 2 or (scheme.block is None and scheme.format == "fp8_block"):
+        raise UnsupportedError(
+            f"{scheme.format} with block {scheme.block} and a weight of shape "
+            f"{list(weight.shape)}, expected two sizes and (N, K). Choose another source."
+        )
+    n, k = weight.shape
+    block = scheme.block or (1 if _is_channel(scheme) else max(1, n), max(1, k))
+    return packing.Scaled(
+        shape=(n, k),
+        weight=weight,
+        decode=lambda rows: rows.float(),
+        scale=_stored_scale(scheme, tensors, _grid((n, k), block)),
+        block=block,
+    )
+
+
+def _is_channel(scheme: Scheme) -> bool:
+    return scheme.format == "fp8_channel" or scheme.granularity == "channel"
+
+
+def _stored_scale(
+    scheme: Scheme, tensors: Mapping[str, torch.Tensor], grid: tuple[int, int]
+) -> torch.Tensor:
+    """Return the scales in float32, one a block."""
+    import torch
+
+    from vllm_mixprec.checkpoint import packing
+
+    suffix = next((suffix for suffix in SCALE_SUFFIXES if suffix in tensors), SCALE_SUFFIXES[0])
+    if scheme.scale_format == "e8m0_packed":
+        words = packing.stored(tensors, suffix, (grid[0], -(-grid[1] // 4)))
+        return packing.exponents(words.contiguous().view(torch.uint8)[:, : grid[1]])
+    scale = packing.stored(tensors, suffix)
+    if scheme.block is None and scale.numel() == grid[0] * grid[1]:
+        scale = scale.reshape(grid)
+    scale = packing.stored({suffix: scale}, suffix, grid)
+    if scheme.scale_format == "e8m0":
+        return packing.exponents(scale.view(torch.uint8))
+    return scale.float()
+
+
+def _layouts(scheme: Scheme) -> tuple[Scheme, ...]:
+    """List blocks of whole 32 rows and 128 columns, with float scales, that hold the same scales.
+
+    The smaller blocks repeat a larger one's scale; a scale a tensor is a block of any size.
+    """
+    if _is_channel(scheme):
+        return ()
+    rows, columns = scheme.block or (128, 128)
+    sizes = [size for size in dict.fromkeys((128, rows, 32)) if rows % size == size % 32 == 0]
+    made = [Scheme("fp8_block", bits=8, block=(size, 128)) for size in sizes if columns % 128 == 0]
+    return tuple(layout for layout in made if layout != scheme)
+
+
+def _held_bytes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, int]:
+    assert scheme.block is not None, f"{scheme.label} is no layout of another format"
+    n, k = shape
+    rows, columns = _grid(shape, scheme.block)
+    return {"weight": n * k, "weight_scale_inv": 4 * rows * columns}

@@ -5,7 +5,11 @@
 (K/g, N*bits/32) I32, packed the same way along N; ``scales`` (K/g, N); ``g_idx`` (K,) I32.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from vllm_mixprec.checkpoint.formats.base import (
     ACTIVATION_SCALES,
@@ -13,11 +17,18 @@ from vllm_mixprec.checkpoint.formats.base import (
     Format,
     Scheme,
     Tensors,
+    integer_bytes,
+    integer_layouts,
     misfit,
     missing,
 )
 from vllm_mixprec.checkpoint.formats.config import QuantizationConfig
 from vllm_mixprec.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_mixprec.checkpoint.packing import Integers
 
 GPTQ_BITS = (2, 4, 8)
 
@@ -101,9 +112,40 @@ def _problems(tensors: Tensors, scheme: Scheme) -> list[str]:
     return problems
 
 
+def _read(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Integers:
+    """AutoGPTQ, qlinear_cuda_old.py: (code - zero point) times the scale of the row's group.
+
+    ``zero_offset`` is added without wrapping round, as auto-round's own reader does
+    (qlinear_torch_zp.py): of 4 bits, a stored 15 stands for a zero point of 16.
+    """
+    import torch
+
+    from vllm_mixprec.checkpoint import packing
+
+    bits, group_size = packing.sizes(scheme, GPTQ_BITS)
+    qweight = packing.stored(tensors, "qweight")
+    n, k = qweight.shape[1], qweight.shape[0] * 32 // bits
+    groups = -(-k // group_size)
+    qzeros = packing.stored(tensors, "qzeros", (groups, n * bits // 32))
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=qweight.device)[:, None]
+    return packing.Integers(
+        shape=(n, k),
+        codes_of=lambda part: ((qweight[:, None, part] >> shifts) & ((1 << bits) - 1)).flatten(
+            0, 1
+        ),
+        zeros=packing.unpack(qzeros, bits) + scheme.zero_offset,
+        scales=packing.stored(tensors, "scales", (groups, n)),
+        group=packing.row_groups(tensors, "g_idx", k, group_size, groups, qweight.device),
+    )
+
+
 GPTQ = Format(
     name="gptq",
     suffixes=frozenset({"qweight", "qzeros", "scales", "g_idx", "bias"}) | ACTIVATION_SCALES,
+    recognise=recognise_gptq,
     shape=_shape,
     problems=_problems,
+    read=_read,
+    layouts=integer_layouts,
+    held_bytes=integer_bytes,
 )

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unquantised: the weight as it is, and any bare parameters beside it."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from vllm_mixprec.checkpoint.formats.base import (
     PLAIN_DTYPES,
     WEIGHT_COMPANIONS,
@@ -12,6 +17,11 @@ from vllm_mixprec.checkpoint.formats.base import (
     main_tensor,
 )
 from vllm_mixprec.checkpoint.formats.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_mixprec.checkpoint.packing import StoredWeight
 
 _SCHEMES = {
     dtype: Scheme(name, bits=32 if name == "fp32" else 16) for name, dtype in PLAIN_DTYPES.items()
@@ -31,7 +41,13 @@ def recognise_plain(tensors: Tensors, config: QuantizationConfig, name: str) -> 
 
 def plain(name: str) -> Format:
     """Make the entry of one unquantised format."""
-    return Format(name, frozenset(), _shape, _problems)
+    return Format(name, frozenset(), recognise_plain, _shape, _problems, _read)
+
+
+def _read(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> StoredWeight:
+    from vllm_mixprec.checkpoint import packing
+
+    return packing.Plain(packing.stored(tensors, "weight"))
 
 
 def _is_orphaned(tensors: Tensors) -> bool:

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every format through the loader into vLLM's own layers, against float32 on the tool's weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from tests.checkpoint.formats.tools import CASES
+from tests.loading.serving import needs_cpu, serve_plan
+from tests.quant.format_model import (
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    QUANTISED,
+    Tensors,
+    modules_of,
+    write_formats,
+)
+from tests.quant.test_cpu_ops import expected_output, relative_error
+from vllm_mixprec import Plan
+from vllm_mixprec.routing import RouteTable
+from vllm_mixprec.routing.kernels import detect_platform
+
+pytestmark = [
+    needs_cpu,
+    pytest.mark.skipif(detect_platform().name != "cpu-avx512", reason="needs AVX512_BF16"),
+]
+every_case = pytest.mark.parametrize("case", CASES)
+LAYER = {case: layer for layer, case in enumerate(CASES)}
+# As in test_cpu_ops: bf16 rounding, or int8 activations; widened weights are rounded to bf16.
+BOUND = {"int4": 0.03, "other": 0.012}
+
+
+@dataclass(frozen=True)
+class Served:
+    model: torch.nn.Module
+    table: RouteTable
+    weights: Tensors
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("formats")
+    plan, weights = write_formats(folder)
+    with serve_plan(folder, folder / "base", Plan.from_dict(plan)) as serving:
+        with set_default_torch_dtype(torch.bfloat16):
+            built = serving.build()
+            serving.loader.load_weights(built.model, built.model_config)
+            process_weights_after_loading(built.model, built.model_config, torch.device("cpu"))
+        yield Served(built.model, serving.config.quant_config.table, weights)
+
+
+def bound(case: str) -> float:
+    return BOUND["int4" if "int4" in (CASES[case].cpu or "") else "other"]
+
+
+def served_as(case: str) -> str:
+    return f"packed: {CASES[case].cpu}" if CASES[case].cpu else "widened"
+
+
+@every_case
+def test_served_as_expected(served: Served, case: str) -> None:
+    for module, (_, k) in modules_of(LAYER[case]).items():
+        route = served.table.routes[module]
+        expected = CASES[case].cpu
+        if ".experts." in module:
+            k = INNER  # an expert's groups have one size: the least K's, where each spans its K
+        assert route.served.label == (expected.format(k=k) if expected else "bf16")
+        assert route.widened == (expected is None)
+
+
+@every_case
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_linear(served: Served, case: str, tokens: int, record_property) -> None:
+    name = f"model.layers.{LAYER[case]}.self_attn.o_proj"
+    layer, weight = served.model.get_submodule(name), served.weights[f"{name}.weight"]
+    x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    out = layer.quant_method.apply(layer, x)
+    expected = x.float() @ weight.T
+    assert relative_error(out, expected) < bound(case)
+    # Negative control: each row is its neighbour's.
+    assert relative_error(out, x.float() @ weight.roll(1, 0).T) > 10 * bound(case)
+    record_property("matrix", (case, "cpu linear", served_as(case)))
+
+
+@every_case
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts(served: Served, case: str, tokens: int, record_property) -> None:
+    prefix = f"model.layers.{LAYER[case]}.mlp.experts"
+    layer = served.model.get_submodule(prefix).routed_experts
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+    ids = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :QUANTISED].int()
+    ids[0] = torch.arange(QUANTISED)
+    weights = torch.tensor([[1.0, 0.25]]).repeat(tokens, 1)  # unlike, so that a swap shows
+
+    def reference(order: list[int]) -> torch.Tensor:
+        def weight(expert: int, part: str) -> torch.Tensor:
+            return served.weights[f"{prefix}.{order[expert]}.{part}_proj.weight"]
+
+        experts = {
+            expert: (
+                torch.cat([weight(expert, "gate"), weight(expert, "up")]),
+                weight(expert, "down"),
+            )
+            for expert in range(EXPERTS)
+        }
+        return expected_output(x, weights, ids, experts)
+
+    out = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    assert relative_error(out, reference([0, 1, 2, 3])) < bound(case)
+    assert relative_error(out, reference([1, 0, 2, 3])) > 10 * bound(case)  # negative control
+    record_property("matrix", (case, "cpu experts", served_as(case)))
