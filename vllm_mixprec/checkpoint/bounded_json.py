@@ -25,7 +25,10 @@ def parse_json(raw: bytes) -> Any:
         )
     try:
         parsed = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_integer if b"-0" in raw else None,
         )
         if b"\\u" in raw:  # only an escape spells half a pair, which no file or terminal takes
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
@@ -44,6 +47,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"key {key!r} occurs twice")
             seen.add(key)
     return result
+
+
+def _parse_integer(text: str) -> int | float:
+    """Parse an integer; ``-0`` is a float to the safetensors library, and to Python an int."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

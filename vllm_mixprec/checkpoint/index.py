@@ -87,8 +87,8 @@ def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | Non
         base_dir: the plan's folder; None for the working directory.
 
     Raises:
-        CheckpointError: it is no path, or there is no such directory, and no such model on the hub or, under
-            ``HF_HUB_OFFLINE``, in the hub's cache.
+        CheckpointError: it is no path, or there is no such directory, and no such model on the hub
+            or, under ``HF_HUB_OFFLINE``, in the hub's cache.
     """
     directory = local_path(path_or_hub_id, base_dir)
     if directory.is_dir():

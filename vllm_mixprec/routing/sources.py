@@ -9,8 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_mixprec.checkpoint.formats import Module
 from vllm_mixprec.checkpoint.files import reopen, require_unchanged
+from vllm_mixprec.checkpoint.formats import Module
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.errors import CheckpointError
