@@ -133,7 +133,8 @@ class _Measure:
     def _of_one(self, node: tuple[Any, Any], after: int) -> tuple[int, int]:
         kind, argument = str(node[0]), node[1]
         if kind in _REPEATS:
-            return self._of_repeat(*argument, after)
+            low, high, body = argument
+            return self._of_repeat(int(low), int(high), body, after)
         if kind == "BRANCH":
             return self._of_branch(argument[1], after)
         if kind == "GROUPREF_EXISTS":
@@ -144,18 +145,18 @@ class _Measure:
             ways, repeats = ways * more_ways, repeats + more
         return ways, repeats
 
-    def _of_repeat(self, low: int, high: Any, body: _Nodes, after: int) -> tuple[int, int]:
+    def _of_repeat(self, low: int, high: int, body: _Nodes, after: int) -> tuple[int, int]:
         first = self._first(body, _END)
-        ways, repeats = self.of(body, after if int(high) <= 1 else first & ~_END | after)
+        ways, repeats = self.of(body, after if high <= 1 else first & ~_END | after)
         has_one_end = not first & ~_END & after and not first & _END  # nor can it be empty
-        if int(high) > 1 and (ways > 1 or repeats):
+        if high > 1 and (ways > 1 or repeats):
             raise ValueError(
                 "a repeat of something that can itself match in several ways, as in (a+)+, which "
                 "may search for years; expected one repeat. Write .* or a list of alternatives"
             )
-        if int(high) <= 1:
-            return ways + (low < int(high) and not has_one_end), repeats
-        return ways, int(low != int(high) and not has_one_end)
+        if high <= 1:
+            return ways + (low < high and not has_one_end), repeats
+        return ways, int(low != high and not has_one_end)
 
     def _of_branch(self, branches: Sequence[_Nodes], after: int) -> tuple[int, int]:
         counts = [self.of(branch, after) for branch in branches]
@@ -170,7 +171,7 @@ class _Measure:
 
     def _start(self, nodes: _Nodes, after: int) -> list[int]:
         """Return what the first characters can be, as far as their places are certain."""
-        start = []
+        start: list[int] = []
         for index, node in enumerate(nodes):
             if str(node[0]) not in ("LITERAL", "NOT_LITERAL", "IN", "ANY"):
                 return [*start, self._first(nodes[index:], after)]
@@ -181,6 +182,7 @@ class _Measure:
         """Return the characters that a sequence, followed by ``after``, can begin with."""
         found = 0
         for node in nodes:
+            begins: int
             kind, argument = str(node[0]), node[1]
             if kind in _REPEATS:
                 begins = self._first(argument[2], _END) | _END * (argument[0] == 0)
