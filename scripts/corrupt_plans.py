@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What scripts/corrupt.py does to a plan: every kind of damage, and how often."""
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def kind(cases: int) -> Callable[[Edit], Edit]:
 
 def rules(*matches: str) -> str:
     """Return the plan with other rules, each match quoted for YAML."""
-    lines = "".join("  - {match: '%s', source: fp8}\n" % m.replace("'", "''") for m in matches)
+    lines = "".join(f"  - {{match: {json.dumps(m)}, source: fp8}}\n" for m in matches)
     return PLAN[: PLAN.index("  - {match")] + lines
 
 
@@ -69,7 +70,15 @@ def plan_value_of_wrong_type(rng: random.Random, number: int) -> str:
     values = ["", "null", "[]", "{}", "1", "-1", "1e400", ".nan", "true", "[[]]", "2024-01-01"]
     values += ["!!binary aGk=", "!!set {a}", '"\\0"', '"\\ud800"', "9" * 5000]
     old = rng.choice(
-        ["1\n", "bf16\n", "{path: ./fp8}", "./gptq", "fp8}\n", "widen", '"model.layers.0.mlp.experts.{3,4}"']
+        [
+            "1\n",
+            "bf16\n",
+            "{path: ./fp8}",
+            "./gptq",
+            "fp8}\n",
+            "widen",
+            '"model.layers.0.mlp.experts.{3,4}"',
+        ]
     )
     new = values[number % len(values)]
     return PLAN.replace(old, new + "\n" * old.endswith("\n"), 1)

@@ -329,7 +329,10 @@ def name_in_two_shards(rng: random.Random, folder: Path, number: int) -> None:
         (folder / INDEX).unlink()
     elif number % 4:
         text = (folder / INDEX).read_text()
-        put(folder / INDEX, text.replace('"weight_map": {', f'"weight_map": {{"{name}": "{other.name}",').encode())
+        put(
+            folder / INDEX,
+            text.replace('"weight_map": {', f'"weight_map": {{"{name}": "{other.name}",').encode(),
+        )
 
 
 @kind(10)
@@ -420,14 +423,18 @@ def config_lies(rng: random.Random, folder: Path, number: int) -> None:
         ways: list[Callable[[], Any]] = [
             lambda: config.update({key: config[key] * 2}),
             lambda: config.update({key: rng.choice(wrong)}),
-            lambda: config.update(architectures=rng.choice([None, [], ["Other"], 1, "\ud800", [1]])),
+            lambda: config.update(
+                architectures=rng.choice([None, [], ["Other"], 1, "\ud800", [1]])
+            ),
             lambda: config.update(quantization_config=rng.choice([None, [], 1, "gptq", {}])),
             lambda: config.update(text_config=rng.choice([{}, [], 1, None])),
             lambda: settings.update(
                 {rng.choice(["bits", "group_size", "weight_block_size"]): rng.choice(wrong)}
             ),
             lambda: settings.update(quant_method=rng.choice(["awq", "fp8", "", 1, None])),
-            lambda: settings.update(dynamic=rng.choice([{"+:(a+)+": {"bits": 8}}, [], {"(": {"a": 1}}])),
+            lambda: settings.update(
+                dynamic=rng.choice([{"+:(a+)+": {"bits": 8}}, [], {"(": {"a": 1}}])
+            ),
             lambda: config.update(mlp_only_layers=rng.choice([[10**9], "x", {}, [[]]])),
             lambda: config.update(decoder_sparse_step=rng.choice([0, -1, 2, "1"])),
         ]
@@ -501,7 +508,8 @@ def json_is_a_bomb(rng: random.Random, folder: Path, number: int) -> None:
     dense = ["[" + "[]," * 4_000_000 + "[]]", "[" + "{}," * 4_000_000 + "{}]"]
     long = ["[" + "1," * 4_000_000 + "1]", '["' + "a" * 30_000_000 + '"]', "9" * 1_000_000]
     bombs = nested + dense + long
-    bomb = '{"x": %s}' % bombs[number % len(bombs)] if number % 2 else bombs[number % len(bombs)]
+    bomb = bombs[number % len(bombs)]
+    bomb = f'{{"x": {bomb}}}' if number % 2 else bomb
     if number % 3 == 0:
         join(folder / rng.choice(SHARDS), bomb, b"")
     else:
@@ -557,6 +565,10 @@ def _replace(file: Path, raw: bytes) -> None:
     os.replace(fresh, file)
 
 
-for _moment, _when in (("check", "in check"), ("load", "before loading"), ("middle", "amid loading")):
+for _moment, _when in (
+    ("check", "in check"),
+    ("load", "before loading"),
+    ("middle", "amid loading"),
+):
     for _what, _change in _changes():
         KINDS.append(Kind(f"{_what} {_when}", 2, _change, moment=_moment))

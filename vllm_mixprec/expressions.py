@@ -133,7 +133,8 @@ class _Measure:
     def _of_one(self, node: tuple[Any, Any], after: int) -> tuple[int, int]:
         kind, argument = str(node[0]), node[1]
         if kind in _REPEATS:
-            return self._of_repeat(*argument, after)
+            low, high, body = argument
+            return self._of_repeat(int(low), int(high), body, after)
         if kind == "BRANCH":
             return self._of_branch(argument[1], after)
         if kind == "GROUPREF_EXISTS":
@@ -144,18 +145,18 @@ class _Measure:
             ways, repeats = ways * more_ways, repeats + more
         return ways, repeats
 
-    def _of_repeat(self, low: int, high: Any, body: _Nodes, after: int) -> tuple[int, int]:
-        first = self._first(body, 0)
-        ways, repeats = self.of(body, after if int(high) <= 1 else first | after)
-        has_one_end = not first & after and not self._is_nullable(body)
-        if int(high) > 1 and (ways > 1 or repeats):
+    def _of_repeat(self, low: int, high: int, body: _Nodes, after: int) -> tuple[int, int]:
+        first = self._first(body, _END)
+        ways, repeats = self.of(body, after if high <= 1 else first & ~_END | after)
+        has_one_end = not first & ~_END & after and not first & _END  # nor can it be empty
+        if high > 1 and (ways > 1 or repeats):
             raise ValueError(
                 "a repeat of something that can itself match in several ways, as in (a+)+, which "
                 "may search for years; expected one repeat. Write .* or a list of alternatives"
             )
-        if int(high) <= 1:
-            return ways + (low < int(high) and not has_one_end), repeats
-        return ways, int(low != int(high) and not has_one_end)
+        if high <= 1:
+            return ways + (low < high and not has_one_end), repeats
+        return ways, int(low != high and not has_one_end)
 
     def _of_branch(self, branches: Sequence[_Nodes], after: int) -> tuple[int, int]:
         counts = [self.of(branch, after) for branch in branches]
@@ -170,7 +171,7 @@ class _Measure:
 
     def _start(self, nodes: _Nodes, after: int) -> list[int]:
         """Return what the first characters can be, as far as their places are certain."""
-        start = []
+        start: list[int] = []
         for index, node in enumerate(nodes):
             if str(node[0]) not in ("LITERAL", "NOT_LITERAL", "IN", "ANY"):
                 return [*start, self._first(nodes[index:], after)]
@@ -181,31 +182,27 @@ class _Measure:
         """Return the characters that a sequence, followed by ``after``, can begin with."""
         found = 0
         for node in nodes:
+            begins: int
             kind, argument = str(node[0]), node[1]
             if kind in _REPEATS:
-                found |= self._first(argument[2], 0)
-                nullable = argument[0] == 0 or self._is_nullable(argument[2])
+                begins = self._first(argument[2], _END) | _END * (argument[0] == 0)
             elif kind in ("LITERAL", "NOT_LITERAL", "IN", "ANY"):
-                found |= self._characters(node)
-                nullable = False
+                begins = self._characters(node)
             elif kind == "BRANCH":
+                begins = 0
                 for branch in argument[1]:
-                    found |= self._first(branch, 0)
-                nullable = any(self._is_nullable(branch) for branch in argument[1])
+                    begins |= self._first(branch, _END)
             elif kind in ("SUBPATTERN", "ATOMIC_GROUP"):
                 (inner,) = _inner(node)
-                found |= self._first(inner, 0)
-                nullable = self._is_nullable(inner)
+                begins = self._first(inner, _END)
             elif kind.startswith(("AT", "ASSERT")):
-                nullable = True
+                begins = _END
             else:  # what a group matched before
                 return _ALL | _END
-            if not nullable:
+            found |= begins & ~_END
+            if not begins & _END:  # it cannot be empty
                 return found
         return found | after
-
-    def _is_nullable(self, nodes: _Nodes) -> bool:
-        return bool(self._first(nodes, _END) & _END)
 
     def _characters(self, node: tuple[Any, Any]) -> int:
         """Return what one character can be; rather too much than too little."""

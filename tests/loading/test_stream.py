@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import random
 
 import pytest
@@ -71,8 +72,56 @@ def test_a_file_cut_short_after_its_header_was_read_is_an_error(shards):
     last = max((spec for spec in specs if spec.file.name == "b.safetensors"), key=lambda s: s.end)
     with open(last.file, "r+b") as file:
         file.truncate(last.end - 3)
-    with pytest.raises(CheckpointError, match=rf"{last.file.name}: ends at byte .*cut short"):
+    with pytest.raises(CheckpointError, match=rf"{last.file.name}: was cut short to"):
         list(read_tensors(specs))
+
+
+def replace(file, raw):
+    fresh = file.with_name("fresh")
+    fresh.write_bytes(raw)
+    fresh.replace(file)
+
+
+def test_a_file_replaced_after_its_header_was_read_is_an_error(shards):
+    """By one with the very same header, such as a fine-tune's."""
+    _, specs = shards
+    file = specs[0].file
+    raw = file.read_bytes()
+    replace(file, raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert set(read_header(file).values()) <= set(specs)
+    with pytest.raises(CheckpointError, match=rf"{file.name}: was replaced by another file after"):
+        list(read_tensors(specs))
+
+
+def test_a_file_written_to_after_its_header_was_read_is_an_error(shards):
+    _, specs = shards
+    file = specs[0].file
+    with open(file, "r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"x")
+    os.utime(file, (0, 0))  # the clock of the file system ticks every few milliseconds
+    with pytest.raises(CheckpointError, match=rf"{file.name}: was written to after"):
+        list(read_tensors(specs))
+
+
+def test_a_file_written_to_while_it_is_read_is_an_error(shards):
+    _, specs = shards
+    reader = read_tensors(specs)
+    next(reader)
+    os.utime(specs[0].file, (0, 0))
+    with pytest.raises(CheckpointError, match=rf"{specs[0].file.name}: was written to after"):
+        list(reader)
+
+
+def test_a_file_replaced_while_it_is_read_gives_what_was_there(shards):
+    tensors, specs = shards
+    reader = read_tensors(specs)
+    found = [next(reader)]
+    replace(found[0][0].file, b"another file")
+    found += reader
+    assert len(found) == len(tensors)
+    for spec, tensor in found:
+        assert torch.equal(tensor.double(), tensors[spec.name].double())
 
 
 def test_a_file_gone_is_an_error(shards):

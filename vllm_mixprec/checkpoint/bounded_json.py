@@ -2,6 +2,7 @@
 """Parses JSON that a stranger wrote, in memory that stays a small multiple of its size."""
 
 import json
+from functools import partial
 from typing import Any, NoReturn
 
 BYTES_A_CONTAINER = 12
@@ -25,11 +26,15 @@ def parse_json(raw: bytes) -> Any:
         )
     try:
         text = raw.decode("utf-8")
-        parsed = json.loads(text, parse_constant=_refuse_constant)
+        load = partial(
+            json.loads,
+            text,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_integer if b"-0" in raw else None,
+        )
+        parsed = load()
         if not _has_every_key(parsed, raw):
-            parsed = json.loads(
-                text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-            )
+            parsed = load(object_pairs_hook=_unique_keys)
         if b"\\u" in raw:  # only an escape spells half a pair, which no file or terminal takes
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
@@ -58,6 +63,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"key {key!r} occurs twice")
             seen.add(key)
     return result
+
+
+def _parse_integer(text: str) -> int | float:
+    """Parse an integer; ``-0`` is a float to the safetensors library, and to Python an int."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

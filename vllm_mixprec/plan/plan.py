@@ -3,8 +3,9 @@
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan.patterns import Pattern, compile_pattern
 
 MAX_FILE_BYTES = 8 << 20
+MAX_PROBLEMS = 100
 MAX_DEPTH = 32
 MAX_ALIASED_NODES = 100_000
 """How many nodes the aliases of a file may repeat: far above use, far below a "billion laughs"."""
@@ -174,14 +176,14 @@ def _build(
     try:
         plan = cls.model_validate(data)
     except ValidationError as error:
-        raise PlanError("\n".join(_explain(e, where) for e in error.errors())) from None
+        raise PlanError(_join(_explain(e, where) for e in error.errors())) from None
     except PlanError:
-        raise PlanError("\n".join(_explain_patterns(data, rule_locations, where))) from None
+        raise PlanError(_join(_explain_patterns(data, rule_locations, where))) from None
     for rule, location in zip(plan.rules, rule_locations, strict=True):
         rule._line = where.line(location) if where.file is not None else None
-    problems = _unknown_sources(plan, rule_locations, where)
+    problems = _join(_unknown_sources(plan, rule_locations, where))
     if problems:
-        raise PlanError("\n".join(problems))
+        raise PlanError(problems)
     plan._path, plan._base_dir = path, base_dir
     return plan
 
@@ -220,14 +222,14 @@ def _mapping_to_rules(
             f"{where(('weight_mapping',))}: found {_show(mapping)}, expected a mapping of module "
             "or pattern to source. For a list use rules:."
         )
-    problems = [
+    problems = _join(
         f"{where(('weight_mapping', match))}: found {_show(match)}: {_show(source)}, expected a "
         "pattern and the name of a source, both strings. Quote them."
         for match, source in mapping.items()
         if not (isinstance(match, str) and isinstance(source, str))
-    ]
+    )
     if problems:
-        raise PlanError("\n".join(problems))
+        raise PlanError(problems)
     data = {key: value for key, value in data.items() if key != "weight_mapping"}
     data["rules"] = [{"match": match, "source": source} for match, source in mapping.items()]
     return data, [("weight_mapping", match) for match in mapping]
@@ -235,29 +237,36 @@ def _mapping_to_rules(
 
 def _explain_patterns(
     data: Mapping[str, Any], locations: list[_Location], where: _Where
-) -> list[str]:
+) -> Iterator[str]:
     """Say what is wrong with each malformed pattern."""
-    problems = []
     for rule, location in zip(data["rules"], locations, strict=True):
         match = rule.get("match") if isinstance(rule, Mapping) else None
         if isinstance(match, str):
             try:
                 compile_pattern(match)
             except PlanError as error:
-                problems.append(f"{where(location)}: {error}")
-    return problems
+                yield f"{where(location)}: {error}"
 
 
-def _unknown_sources(plan: Plan, locations: list[_Location], where: _Where) -> list[str]:
+def _unknown_sources(plan: Plan, locations: list[_Location], where: _Where) -> Iterator[str]:
     """Say which rules, or the base, name a source that is not there."""
     named: list[tuple[str, _Location]] = [(plan.base, ("base",))]
     named += [(rule.source, location) for rule, location in zip(plan.rules, locations, strict=True)]
-    return [
+    return (
         f"{where(location)}: source {_show(name)} is not among sources:, expected "
         f"{_choices(name, plan.sources)}"
         for name, location in named
         if name not in plan.sources
-    ]
+    )
+
+
+def _join(problems: Iterator[str]) -> str:
+    """Write problems one a line, not more than anybody reads; making one costs a search."""
+    shown = list(islice(problems, MAX_PROBLEMS + 1))
+    if len(shown) > MAX_PROBLEMS:
+        file = shown[0].partition(": ")[0]
+        shown[MAX_PROBLEMS:] = [f"{file}: and more such problems. Correct these first."]
+    return "\n".join(shown)
 
 
 def _explain(error: Any, where: _Where) -> str:

@@ -34,7 +34,7 @@ def groups(targets: Any = ("Linear",), **weights: Any) -> dict[str, Any]:
         ),
         (
             {**GPTQ, "extra_config": {"(" * 1500 + ")" * 1500: {"bits": 8}}},
-            r"extra_config is '.*\(+\)+.*', expected a regular expression .*recursion",
+            r"extra_config is '.*\(+\.\.\., expected a regular expression .*recursion",
         ),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "expected two positive integers"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "expected two positive integers"),
