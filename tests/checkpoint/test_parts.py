@@ -299,6 +299,13 @@ def test_experts_both_as_a_parameter_and_as_a_module_are_refused(tmp_path: Path)
         open_checkpoint(folder)
 
 
+def test_what_is_unknown_beside_experts_is_not_lost(tmp_path: Path) -> None:
+    tensors = stack(is_dotted=True)(read_all(RANDOM / "bf16")) | {f"{EXPERTS}.sinks": torch.ones(3)}
+    checkpoint = open_checkpoint(write(tmp_path / "more", RANDOM / "bf16", tensors))
+    assert f"{EXPERTS}.3.gate_proj" in checkpoint.modules
+    assert list(checkpoint.modules[EXPERTS].tensors) == ["sinks"]
+
+
 def test_columns_of_one_tensor_are_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
