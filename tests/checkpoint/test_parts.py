@@ -105,6 +105,30 @@ def test_a_nested_config_tells_the_sizes(tmp_path: Path) -> None:
     assert modules[f"{layer}.mlp.experts.7.up_proj"].shape == (128, 256)
 
 
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral"])
+def test_transformers_own_parameters_are_what_it_saves(tmp_path: Path, name: str) -> None:
+    """transformers 5 holds experts stacked, and saves them apart under the published names."""
+    import transformers
+
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32}
+    sizes |= {"num_hidden_layers": 1, "vocab_size": 32, "num_local_experts": 4}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model.save_pretrained(tmp_path / "saved")
+    held = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert f"{EXPERTS}.gate_up_proj" in held
+    saved = open_checkpoint(tmp_path / "saved")
+    stacked = open_checkpoint(write(tmp_path / "held", tmp_path / "saved", held))
+    assert {m.fused for m in saved.modules.values()} == {None}
+    assert saved.by_key.keys() == stacked.by_key.keys()
+    for module in saved.modules.values():
+        found = stacked.find(module.name)
+        assert found is not None
+        one, other = read_module(module), read_module(found)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[suffix], other[suffix]) for suffix in one), module.name
+
+
 def test_gate_up_of_a_dense_and_of_a_shared_mlp(tmp_path: Path) -> None:
     origin = MIXTRAL.parent / "glm4_moe" / "fp8"
     checkpoint = open_checkpoint(respell(tmp_path / "fused", origin, gate_up))
@@ -273,6 +297,13 @@ def test_experts_both_as_a_parameter_and_as_a_module_are_refused(tmp_path: Path)
     folder = write(tmp_path / "both", RANDOM / "bf16", both)
     with pytest.raises(CheckpointError, match=rf"{EXPERTS}.down_proj: stored both as a parameter"):
         open_checkpoint(folder)
+
+
+def test_what_is_unknown_beside_experts_is_not_lost(tmp_path: Path) -> None:
+    tensors = stack(is_dotted=True)(read_all(RANDOM / "bf16")) | {f"{EXPERTS}.sinks": torch.ones(3)}
+    checkpoint = open_checkpoint(write(tmp_path / "more", RANDOM / "bf16", tensors))
+    assert f"{EXPERTS}.3.gate_proj" in checkpoint.modules
+    assert list(checkpoint.modules[EXPERTS].tensors) == ["sinks"]
 
 
 def test_columns_of_one_tensor_are_read_once(

@@ -76,7 +76,7 @@ def test_two_spellings_of_one_module_are_a_problem_of_both(tmp_path: Path) -> No
     assert not any(module.problems for module in sound.modules.values())
     experts = "model.layers.0.block_sparse_moe.experts"
     clash = (
-        f"{experts}.1.w1: the same module as {experts}.1.gate_proj, which these files hold too; "
+        f"{experts}.1.gate_proj: the same module as {experts}.1.w1, which these files hold too; "
         "expected one spelling of it. Remove one of the two, or choose another source."
     )
     assert checkpoint.modules[f"{experts}.1.w1"].problems == (clash,)

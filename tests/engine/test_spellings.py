@@ -129,7 +129,7 @@ def random_case(folder: Path) -> Case:
 def _shared(name: str) -> str:
     if layer(name) == 0 and ".mlp." in name:
         return "fp8"
-    if ".shared_experts." in name:
+    if ".shared_experts." in name and layer(name) <= 2:  # the MTP layer is not in int4
         return "int4"
     return "fp8" if expert(name) in (0, 1) else "base"
 

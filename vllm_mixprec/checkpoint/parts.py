@@ -141,6 +141,8 @@ def _gather_stacks(groups: Groups, text: Mapping[str, Any]) -> list[_Stack]:
             parent, members = parent.removesuffix(".experts"), {leaf: tensors}
         else:
             continue
+        if not members:
+            continue
         stack = stacks.setdefault(f"{parent}.experts", _Stack(f"{parent}.experts"))
         twice = stack.members.keys() & members.keys()
         if twice:
@@ -150,14 +152,12 @@ def _gather_stacks(groups: Groups, text: Mapping[str, Any]) -> list[_Stack]:
             )
         stack.groups.append(name)
         stack.members |= members
-    return [
-        stack
-        for stack in stacks.values()
-        if stack.members
-        and len({_num_experts(tensors) for tensors in stack.members.values()} - {0}) == 1
-        and all(_num_experts(tensors) for tensors in stack.members.values())
-        and _is_transposed(stack, text) is not None
-    ]
+    return [stack for stack in stacks.values() if _can_be_split(stack, text)]
+
+
+def _can_be_split(stack: _Stack, text: Mapping[str, Any]) -> bool:
+    experts = {_num_experts(tensors) for tensors in stack.members.values()}
+    return len(experts) == 1 and 0 not in experts and _is_transposed(stack, text) is not None
 
 
 def _bare_members(tensors: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:

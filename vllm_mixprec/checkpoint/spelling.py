@@ -78,7 +78,7 @@ def mark_clashes(modules: Iterable[Module]) -> tuple[dict[str, Module], dict[str
         if other is module:
             by_name[module.name] = module
             continue
-        names = other.fused or other.name, module.fused or module.name
+        names = sorted((other.fused or other.name, module.fused or module.name))
         clash = problems.setdefault(
             _NUMBER.sub("*", " ".join(names)),
             f"{names[0]}: the same module as {names[1]}, which these files hold too; expected one "
