@@ -17,7 +17,13 @@ time: stock cannot load FP8 or int4 experts on this kind of CPU, so every format
 stock loading a BF16 model of about as many bytes (fewer layers), scaled by the rest between them.
 peak memory: VmHWM over ``get_model``, less the resident memory just before, over the bytes of the
 finished model's parameters and buffers. VmHWM includes file pages of memory maps, which the kernel
-could take back; ``anonymous`` (in the JSON) is the peak without them, sampled every 5 ms.
+could take back; ``anonymous`` (in the JSON) is the peak without them, sampled every 5 ms. What the
+process itself takes on the way (modules that are imported, kernels' code, thread stacks) is
+measured with a model of a megabyte and told apart.
+dd: the BF16 model's files, cold, read by ``dd`` in the same round: through the page cache with
+POSIX_FADV_DONTNEED before it, and with ``iflag=direct``. It is compared with the loader's own
+reading, which also copies every tensor into its place.
+fastsafetensors: stock vLLM with ``--load-format fastsafetensors``, if it runs here.
 """
 
 import argparse
@@ -40,6 +46,8 @@ from synthetic import DEFAULT, ROOT, Shape, compose_mix, write_models
 
 # Layers of the BF16 models whose bytes come nearest to the others'.
 _SMALLER_STOCK = (3, 6)
+TINY = "tiny: "
+_TINY = Shape(layers=1, experts=4, top_k=2, hidden=256, inner=128, heads=4, vocab=512)
 MODELS: dict[str, tuple[tuple[str, ...], str]] = {
     "bf16": (("bf16",), "bf16"),
     "fp8": (("fp8",), "fp8"),
@@ -48,7 +56,7 @@ MODELS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def load_once(model: str, cold: bool) -> dict[str, Any]:
+def load_once(model: str, cold: bool, load_format: str) -> dict[str, Any]:
     """Load ``model`` in this process and return what that took. The child's side."""
     import torch
     import vllm.v1.worker.cpu_worker  # noqa: F401  what it does to torch.accelerator
@@ -64,7 +72,11 @@ def load_once(model: str, cold: bool) -> dict[str, Any]:
 
     begun = time.perf_counter()
     config = EngineArgs(
-        model=model, skip_tokenizer_init=True, max_model_len=512, kv_cache_memory_bytes=192 << 20
+        model=model,
+        load_format=load_format,
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        kv_cache_memory_bytes=192 << 20,
     ).create_engine_config()
     found: dict[str, Any] = {"config_s": time.perf_counter() - begun}
     with set_current_vllm_config(config):
@@ -231,12 +243,33 @@ def worker_environment(plain: bool) -> dict[str, str]:
     }
 
 
-def run_child(model: Path, cold: bool, plain: bool) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", str(model), *(["--cold"] if cold else [])]
+def run_child(model: Path, cold: bool, plain: bool, load_format: str = "auto") -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", str(model), "--load-format", load_format]
+    command += ["--cold"] if cold else []
     result = subprocess.run(command, env=worker_environment(plain), capture_output=True, text=True)
     if result.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-4000:]}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-4000:]}")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def try_fastsafetensors(model: Path) -> str:
+    """Say what stock vLLM's fastsafetensors loader does here: its seconds, or its error's line."""
+    try:
+        found = run_child(model, cold=False, plain=True, load_format="fastsafetensors")
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[-1]
+    return f"{found['load_s']:.2f} s warm for {found['file_bytes'] / 1e6:.0f} MB"
+
+
+def time_dd(files: list[Path], direct: bool) -> float:
+    """Read files with ``dd``, none of them in the page cache; return the seconds."""
+    drop_pages(files)
+    begun = time.perf_counter()
+    for file in files:
+        flags = ["iflag=direct"] if direct else []
+        command = ["dd", f"if={file}", "of=/dev/null", "bs=4M", *flags]
+        subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - begun
 
 
 def _nearest_stock(times: dict[str, dict[str, Any]], nbytes: int, cache: str) -> str:
@@ -251,6 +284,9 @@ def report(rounds: list[dict[str, dict[str, Any]]]) -> str:
     def over(value: str, base: str, name: str) -> list[float]:
         return [times[name][value] / times[name][base] for times in rounds]
 
+    def above(name: str) -> list[float]:
+        return [times[name]["peak_bytes"] - times[name]["weight_bytes"] for times in rounds]
+
     lines = []
     for cache in ("cold", "warm"):
         lines += [
@@ -258,13 +294,14 @@ def report(rounds: list[dict[str, dict[str, Any]]]) -> str:
             "",
             "| model | weights, MB | system calls over routed bytes | device over routed bytes "
             "| MB/s | s reading + reordering | time over stock, equal bytes "
-            "| peak memory over weights |",
-            "|---|---|---|---|---|---|---|---|",
+            "| peak memory over weights | peak less weights, MB | of it the process |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name in rounds[0]:
             label, _, state = name.rpartition(", ")
-            if state != cache:
+            if state != cache or label.startswith(TINY):
                 continue
+            tiny = f"{TINY}{STOCK if label.startswith(STOCK) else 'bf16'}, {cache}"
             base = "file_bytes" if label.startswith(STOCK) else "routed_bytes"
             stock = _nearest_stock(rounds[0], rounds[0][name][base], cache)
             speed = [1e-6 * times[name][base] / times[name]["load_s"] for times in rounds]
@@ -285,15 +322,28 @@ def report(rounds: list[dict[str, dict[str, Any]]]) -> str:
                 f"{statistics.median(weights_s):.2f} + {statistics.median(process_s):.2f}",
                 spread(time_ratio),
                 spread(over("peak_bytes", "weight_bytes", name)),
+                *(f"{statistics.median(above(one)) / 1e6:.0f}" for one in (name, tiny)),
             ]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines.append("")
     lines.append(
         f"Median, and range, of {len(rounds)} rounds. Time over stock is seconds a byte over those "
         "of the stock run of the same round that is nearest in bytes. Aims: bytes read 1.00, time "
-        "over stock 1.1, peak memory 1.1."
+        "over stock 1.1, peak less weights and the process 256 MiB."
     )
     return "\n".join(lines)
+
+
+def report_dd(rounds: list[dict[str, dict[str, Any]]]) -> str:
+    """How the loader's cold reading compares with ``dd`` of the same round, as a line."""
+    speeds: dict[str, list[float]] = {"loader": [], "dd": [], "dd, direct": []}
+    for times in rounds:
+        nbytes, found = times["dd"]["bytes"], times["bf16, cold"]
+        speeds["loader"].append(found["routed_bytes"] / found["phases_s"]["load_weights"] / 1e6)
+        speeds["dd"].append(nbytes / times["dd"]["buffered_s"] / 1e6)
+        speeds["dd, direct"].append(nbytes / times["dd"]["direct_s"] / 1e6)
+    told = "; ".join(f"{name} {spread(values)}" for name, values in speeds.items())
+    return f"Cold reading of the BF16 model, MB/s: {told}. Aim: the loader is as fast as dd."
 
 
 def main() -> None:
@@ -304,9 +354,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="default runs/bench_load[_quick].json")
     parser.add_argument("--child", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--load-format", default="auto", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(load_once(options.child, options.cold)), flush=True)
+        found = load_once(options.child, options.cold, options.load_format)
+        print(json.dumps(found), flush=True)
         os._exit(0)  # no orderly end of torch.distributed: nothing depends on it
     n_rounds = options.rounds or (2 if options.quick else 5)
     folder = options.models or (ROOT / "runs" / "synthetic-quick" if options.quick else DEFAULT)
@@ -317,7 +369,12 @@ def main() -> None:
         served[f"{STOCK}, {layers} layers"] = smaller["bf16"]
     for name, (experts, dense) in MODELS.items():
         served[name] = compose_mix(folder / "mixed" / name.replace(" ", ""), paths, experts, dense)
+    tiny = write_models(folder / "tiny", _TINY, ("bf16",))
+    served[f"{TINY}{STOCK}"] = tiny["bf16"]
+    served[f"{TINY}bf16"] = compose_mix(folder / "mixed" / "tiny", tiny, ("bf16",))
     machine = describe_machine()
+    fast = try_fastsafetensors(paths["bf16"])
+    print(f"Stock vLLM with --load-format fastsafetensors: {fast}", flush=True)
     file = options.json or ROOT / "runs" / f"bench_load{'_quick' * options.quick}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     cases = [(name, cache) for name in served for cache in ("cold", "warm")]
@@ -327,16 +384,24 @@ def main() -> None:
         random.Random(number).shuffle(order)
         found = {}
         for name, cache in order:
-            found[name, cache] = run_child(
-                served[name], cache == "cold", plain=name.startswith(STOCK)
-            )
-        rounds.append({f"{name}, {cache}": found[name, cache] for name, cache in cases})
+            found[name, cache] = run_child(served[name], cache == "cold", plain=STOCK in name)
+        files = weight_files(paths["bf16"])
+        dd = {
+            "bytes": sum(file.stat().st_size for file in files),
+            "buffered_s": time_dd(files, direct=False),
+            "direct_s": time_dd(files, direct=True),
+        }
+        rounds.append(
+            {f"{name}, {cache}": found[name, cache] for name, cache in cases} | {"dd": dd}
+        )
         loads.append(os.getloadavg())
-        result = {"machine": machine, "load_average": loads, "rounds": rounds}
+        result = {"machine": machine, "load_average": loads, "fastsafetensors": fast}
+        result["rounds"] = rounds
         file.write_text(json.dumps(result, indent=1) + "\n")  # a run cut short is not lost
         print(f"round {number + 1} of {n_rounds}, load {loads[-1][0]:.1f}", flush=True)
     print(f"\n{machine_line(machine)}\nLoad average {loads[0][0]:.1f} to {loads[-1][0]:.1f}.\n")
     print(report(rounds))
+    print(report_dd(rounds))
     print(f"\nWritten to {file}")
 
 

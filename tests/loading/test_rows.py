@@ -4,14 +4,16 @@
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.loading.serving import needs_cpu
 from tests.routing.headers import DEEPSEEK_V3, glm_header, gptq_experts, write_checkpoint
-from tests.routing.models import CPU
+from tests.routing.models import CPU, make_plan
 from vllm_mixprec import compose
 from vllm_mixprec.composition import PLAN_FILE
 from vllm_mixprec.loading.rows import rank_rows
@@ -21,6 +23,7 @@ from vllm_mixprec.routing import Layout, RouteTable, load_route_table
 from vllm_mixprec.routing.parallel import Placement
 from vllm_mixprec.routing.structure import ModelDims
 
+ROOT = Path(__file__).parents[2]
 LAYOUT = Layout(tensor_parallel_size=8, pipeline_parallel_size=8)
 STAGE, TP_RANK = 3, 5
 LAYERS = range(22, 30)  # vLLM splits 61 layers into 7, 7, 8, 8, 8, 8, 8, 7
@@ -189,3 +192,21 @@ def test_rows_of_a_rank(
 )
 def test_what_is_not_cut_along_rows_is_read_whole(table: RouteTable, module: str) -> None:
     assert rank_rows([table.routes[module]], table, TP_RANK) == {}
+
+
+@needs_cpu
+def test_models_of_vllm_are_filled_as_from_whole_tensors(tmp_path: Path) -> None:
+    plan = make_plan(
+        ("model.layers.0.**.experts", "gptq"), ("**.experts.{0-3}", "fp8"), ("**.self_attn", "fp8")
+    )
+    compose(plan, tmp_path / "mixed")
+    environment = dict(os.environ) | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.loading.rank_weights"]
+    command += [str(tmp_path / "mixed"), str(tmp_path / "out.json")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    ranks = json.loads((tmp_path / "out.json").read_text())
+    for found in ranks:
+        assert found["unlike"] == [] and found["parameters"] > 20
+        assert found["rows"] > 10 and found["bytes"] < 0.8 * found["whole_bytes"]
+    assert ranks[0]["digest"] != ranks[1]["digest"]  # so what is compared tells ranks apart
