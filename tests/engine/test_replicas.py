@@ -33,8 +33,8 @@ def example_plan(name: str) -> str:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("replicas")
-    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    with serve(folder, "--data-parallel-size", "2", environment=cores) as running:
+    arguments = ["--data-parallel-size", "2", "--api-server-count", "1"]
+    with serve(folder, *arguments, environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}) as running:
         yield running
 
 
