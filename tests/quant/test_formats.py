@@ -65,8 +65,9 @@ def bound(case: str) -> float:
     return BOUND["int4" if "int4" in (CASES[case].cpu or "") else "other"]
 
 
-def served_as(case: str) -> str:
-    return f"packed: {CASES[case].cpu}" if CASES[case].cpu else "widened"
+def served_as(served: Served, module: str) -> str:
+    route = served.table.routes[module]
+    return "widened" if route.widened else f"packed: {route.served.label}"
 
 
 @every_case
@@ -91,7 +92,7 @@ def test_linear(served: Served, case: str, tokens: int, record_property) -> None
     assert relative_error(out, expected) < bound(case)
     # Negative control: each row is its neighbour's.
     assert relative_error(out, x.float() @ weight.roll(1, 0).T) > 10 * bound(case)
-    record_property("matrix", (case, "cpu linear", served_as(case)))
+    record_property("matrix", (case, "cpu linear", served_as(served, name)))
 
 
 @every_case
@@ -121,7 +122,8 @@ def test_experts(served: Served, case: str, tokens: int, record_property) -> Non
     out = layer.quant_method.apply(layer, x, weights, ids, None, None)
     assert relative_error(out, reference([0, 1, 2, 3])) < bound(case)
     assert relative_error(out, reference([1, 0, 2, 3])) > 10 * bound(case)  # negative control
-    record_property("matrix", (case, "cpu experts", served_as(case)))
+    served_label = served_as(served, f"{prefix}.0.gate_proj")
+    record_property("matrix", (case, "cpu experts", served_label))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "int4" in (CASES[case].cuda or "")])
