@@ -81,7 +81,7 @@ def test_parameters_shared_memory_and_views_are_read(tmp_path: Path) -> None:
 
 
 def test_no_data_is_read(tmp_path: Path) -> None:
-    """A hole of 64 GiB in the middle: there is no memory for that."""
+    """A process that reads the header of a tensor of 256 MiB grows by less than that."""
     file = save(tmp_path, {"a": torch.ones(4), "b": torch.full((2,), 2.0)})
     specs = read_torch_header(file)
     spec = specs["a"]

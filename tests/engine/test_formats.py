@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 
 # Mean absolute difference, nats a token, over a model of as many layers as there are formats.
 BOUND = 0.05
-DAMAGED = ("awq-g32", "ct-int4-asym", "fp8-tensor")
+DAMAGED = ("ct-int4-asym", "fp8-tensor")
 
 
 def make_prompts() -> list[list[int]]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.checkpoint.formats.tools import CASES
@@ -22,7 +24,11 @@ from tests.quant.format_model import (
 )
 from tests.quant.test_cpu_ops import expected_output, relative_error
 from vllm_mixprec import Plan
-from vllm_mixprec.routing import RouteTable
+from vllm_mixprec.checkpoint.dequantize import relayout
+from vllm_mixprec.checkpoint.formats import FORMATS
+from vllm_mixprec.loading.stream import read_tensors
+from vllm_mixprec.quant.methods import linear_method
+from vllm_mixprec.routing import Platform, RouteTable, missing_kernel
 from vllm_mixprec.routing.kernels import detect_platform
 
 pytestmark = [
@@ -38,6 +44,7 @@ BOUND = {"int4": 0.03, "other": 0.012}
 @dataclass(frozen=True)
 class Served:
     model: torch.nn.Module
+    config: VllmConfig
     table: RouteTable
     weights: Tensors
 
@@ -51,15 +58,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             built = serving.build()
             serving.loader.load_weights(built.model, built.model_config)
             process_weights_after_loading(built.model, built.model_config, torch.device("cpu"))
-        yield Served(built.model, serving.config.quant_config.table, weights)
+        yield Served(built.model, serving.config, serving.config.quant_config.table, weights)
 
 
 def bound(case: str) -> float:
     return BOUND["int4" if "int4" in (CASES[case].cpu or "") else "other"]
 
 
-def served_as(case: str) -> str:
-    return f"packed: {CASES[case].cpu}" if CASES[case].cpu else "widened"
+def served_as(served: Served, module: str) -> str:
+    route = served.table.routes[module]
+    return "widened" if route.widened else f"packed: {route.served.label}"
 
 
 @every_case
@@ -84,7 +92,7 @@ def test_linear(served: Served, case: str, tokens: int, record_property) -> None
     assert relative_error(out, expected) < bound(case)
     # Negative control: each row is its neighbour's.
     assert relative_error(out, x.float() @ weight.roll(1, 0).T) > 10 * bound(case)
-    record_property("matrix", (case, "cpu linear", served_as(case)))
+    record_property("matrix", (case, "cpu linear", served_as(served, name)))
 
 
 @every_case
@@ -114,4 +122,38 @@ def test_experts(served: Served, case: str, tokens: int, record_property) -> Non
     out = layer.quant_method.apply(layer, x, weights, ids, None, None)
     assert relative_error(out, reference([0, 1, 2, 3])) < bound(case)
     assert relative_error(out, reference([1, 0, 2, 3])) > 10 * bound(case)  # negative control
-    record_property("matrix", (case, "cpu experts", served_as(case)))
+    served_label = served_as(served, f"{prefix}.0.gate_proj")
+    record_property("matrix", (case, "cpu experts", served_label))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "int4" in (CASES[case].cuda or "")])
+def test_layouts_for_cuda_are_what_vllms_own_methods_read(served: Served, case: str) -> None:
+    """On a CPU the same method classes take vLLM's int4 kernel for CPUs instead of Marlin."""
+    name = f"model.layers.{LAYER[case]}.self_attn.o_proj"
+    route = served.table.routes[name]
+    tensors = {
+        spec.name.rpartition(".")[2]: tensor
+        for spec, tensor in read_tensors(route.tensors.values())
+    }
+    layouts = FORMATS[route.stored.format].layouts(route.stored)
+    cuda = Platform("cuda-90")
+    shape = (HIDDEN, HIDDEN)
+    scheme = next(
+        layout
+        for layout in (route.stored, *layouts)
+        if missing_kernel(cuda, layout, "linear", shape) is None
+    )
+    if scheme != route.stored:
+        tensors = relayout(route.stored, scheme, tensors)
+    method = linear_method(scheme, cuda, served.model.get_submodule(name), name)
+    layer = torch.nn.Module()
+    with set_current_vllm_config(served.config):
+        sizes = (HIDDEN, [HIDDEN], HIDDEN, HIDDEN, torch.bfloat16)
+        method.create_weights(layer, *sizes, weight_loader=default_weight_loader)
+        for suffix in ("qweight", "qzeros", "scales"):
+            getattr(layer, suffix).data.copy_(tensors[suffix])
+        method.process_weights_after_loading(layer)
+        x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+        out = method.apply(layer, x)
+    expected = x.float() @ served.weights[f"{name}.weight"].T
+    assert relative_error(out, expected) < BOUND["int4"]

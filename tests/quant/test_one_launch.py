@@ -179,6 +179,7 @@ def test_layers_are_run_by_groups_unless_asked_for(monkeypatch):
     [
         ([FP8, INT4], Platform("cuda-75"), {}, "compute capability 7.5, below 8.0"),
         ([FP8, replace(INT4, bits=8)], HOPPER, {}, "it takes 4 bits"),
+        ([FP8, replace(INT4, format="awq")], HOPPER, {}, "it takes FP8 in blocks and GPTQ int4"),
         ([FP8, INT4], HOPPER, {"has_bias": True}, "biases"),
         ([FP8, INT4], HOPPER, {"swiglu_limit": 7.0}, "a clamp"),
         ([FP8, INT4], HOPPER, {"apply_router_weight_on_input": True}, "inputs"),

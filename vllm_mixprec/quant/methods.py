@@ -116,8 +116,13 @@ def kernel_problem(format: str) -> str | None:
 
 
 def _spell_whole_k(scheme: Scheme, k: int) -> Scheme:
-    """Return the scheme with a group that spans all of K spelled -1, as vLLM's configs want it."""
-    return replace(scheme, group_size=-1) if scheme.group_size == k else scheme
+    """Return the scheme with a group that spans all of K spelled -1, as vLLM's GPTQ wants it.
+
+    Its AWQ experts divide by the group size, whatever it is.
+    """
+    if scheme.format == "gptq" and scheme.group_size == k:
+        return replace(scheme, group_size=-1)
+    return scheme
 
 
 @cache

@@ -79,6 +79,7 @@ def _read(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Integers:
         codes_of=lambda part: packing.unpack(
             qweight[:, part.start // 8 : part.stop // 8], bits, packing.AWQ_ORDER
         ),
+        words=("awq", qweight),
         zeros=packing.unpack(qzeros, bits, packing.AWQ_ORDER),
         scales=packing.stored(tensors, "scales", (groups, n)),
         group=torch.arange(k, device=qweight.device) // group_size,

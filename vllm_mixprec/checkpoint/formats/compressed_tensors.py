@@ -128,6 +128,7 @@ def _read(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Integers:
     return packing.Integers(
         shape=(n, k),
         codes_of=lambda part: packing.unpack(packed[part], bits).t(),
+        words=("gptq", packed.t()),  # both run along K, the lowest bits first
         zeros=zeros,
         scales=packing.stored(tensors, "weight_scale", (n, groups)).t(),
         group=packing.row_groups(tensors, "weight_g_idx", k, group_size, groups, packed.device),

@@ -133,6 +133,7 @@ def _read(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Integers:
         codes_of=lambda part: ((qweight[:, None, part] >> shifts) & ((1 << bits) - 1)).flatten(
             0, 1
         ),
+        words=("gptq", qweight),
         zeros=packing.unpack(qzeros, bits) + scheme.zero_offset,
         scales=packing.stored(tensors, "scales", (groups, n)),
         group=packing.row_groups(tensors, "g_idx", k, group_size, groups, qweight.device),
