@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every finding about a plan at once, from headers and the routers' few megabytes."""
+"""Every finding about a plan at once: from headers, routers and norms, or from every tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.errors import CheckpointError, RouteError, UnsupportedError
@@ -15,6 +17,7 @@ from vllm_mixprec.routing.agreement import compare_headers, report_split_selecti
 from vllm_mixprec.routing.assign import used_sources
 from vllm_mixprec.routing.findings import Finding, FindingLog, source_place
 from vllm_mixprec.routing.kernels import Platform, detect_platform
+from vllm_mixprec.routing.norms import compare_norms
 from vllm_mixprec.routing.route import Layout
 from vllm_mixprec.routing.sources import compare_configs, compare_routers
 from vllm_mixprec.routing.structure import ModelDims
@@ -80,6 +83,7 @@ def check(
     dtype: str | None = None,
     *,
     draft: bool = False,
+    deep: bool = False,
 ) -> Report:
     """Find everything that is wrong or notable about a plan; nothing is raised for its faults.
 
@@ -88,16 +92,18 @@ def check(
         progress: told before each step.
         dtype: format that the model computes in, such as "bf16"; None for the base's own.
         draft: load the model's own MTP layers as the draft model, and require them.
+        deep: read the tensors too, and compare what is routed with the base. Imports torch; shows
+            a bar on stderr where there is a ``progress``.
 
     Raises:
         ValueError: a parallel size below 1.
-        UnsupportedError: VLLM_MIXPREC_PLATFORM holds no platform's name.
+        UnsupportedError: VLLM_MIXPREC_PLATFORM holds no platform's name; ``deep`` without torch.
     """
     layout = Layout(tensor_parallel_size, pipeline_parallel_size, expert_parallel, draft)
     platform = platform or detect_platform()
     log = FindingLog()
     sources = used_sources(plan)
-    steps = len(sources) + 2
+    steps = len(sources) + (3 if deep else 2)
 
     def step(what: str, done: int) -> None:
         if progress is not None:
@@ -120,9 +126,34 @@ def check(
     compare_routers(plan, checkpoints, log)
     step("routing modules", len(sources) + 1)
     table = build_table(plan, checkpoints, layout, platform, log, dtype)
+    compare_norms(table, checkpoints, log)
     bytes_per_rank = _bytes_per_rank(table, checkpoints[plan.base], log)
+    if deep:
+        step("reading tensors", len(sources) + 2)
+        _examine(table, checkpoints, log, has_bar=progress is not None)
     step("done", steps)
     return Report(log.findings(), bytes_per_rank, None if log.has_errors else table)
+
+
+def _examine(
+    table: RouteTable, checkpoints: Mapping[str, Checkpoint], log: FindingLog, has_bar: bool
+) -> None:
+    try:
+        from vllm_mixprec.routing import deep
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"--deep reads tensors with {error.name}, which is not installed; expected torch and "
+            "numpy. Install vLLM beside this package, or torch alone"
+        ) from error
+    with tqdm(
+        total=deep.count_bytes(table, checkpoints),
+        desc="Reading tensors",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=not has_bar,
+    ) as bar:
+        deep.examine(table, checkpoints, log, bar.update)
 
 
 def _open(plan: Plan, name: str, log: FindingLog) -> Checkpoint | None:

@@ -116,7 +116,7 @@ def compare_routers(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: Find
                     f"source {name!r} stores this router as {other.scheme.label}: it cannot be "
                     "compared with the base's. Check that both are the same model.",
                 )
-            elif not _same_values(module.tensors["weight"], other.tensors["weight"]):
+            elif not same_values(module.tensors["weight"], other.tensors["weight"]):
                 log.add(
                     "error",
                     "router-mismatch",
@@ -137,7 +137,7 @@ def _is_router(module: Module, num_experts: int | None) -> bool:
     )
 
 
-def _same_values(one: TensorSpec, other: TensorSpec) -> bool:
+def same_values(one: TensorSpec, other: TensorSpec) -> bool:
     """Compare two tensors' values; of unlike dtypes, up to the rounding of the coarser one."""
     one_data, other_data = _read_data(one), _read_data(other)
     if one.dtype == other.dtype:
