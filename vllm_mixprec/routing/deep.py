@@ -19,7 +19,7 @@ from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.routing.disagreement import Comparison, FoldedFit, similarity
 from vllm_mixprec.routing.findings import FindingLog, generalise
-from vllm_mixprec.routing.norms import feeding_norm
+from vllm_mixprec.routing.norms import feeding_norm, is_feeding_norm
 from vllm_mixprec.routing.route import Route
 from vllm_mixprec.routing.stored import (
     ORDERS,
@@ -34,6 +34,7 @@ from vllm_mixprec.routing.structure import ModelDims, layer_name
 from vllm_mixprec.routing.table import RouteTable
 
 _CHUNK_WEIGHTS = 1 << 22  # 16 MiB in float32, of which about eight live at a time
+_FOLD_PASSES = 4  # over a weight, to find factors of rows and of columns that both vary
 _ALIKE = 0.8  # similarity from which a weight is taken for another one of the base
 
 _FORMATS = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
@@ -170,6 +171,7 @@ def _pairs(route: Route, base: Module | None) -> Iterator[_Pair]:
     """Take a module apart: its weight with scales and zero points, and every bare tensor."""
     own = _weights(route.stored, route.tensors, route.shape)
     others = {} if base is None else _weights(base.scheme, base.tensors, base.shape)
+    is_norm = is_feeding_norm(route.module)  # compared with what it feeds, by compare_norms
     for suffix, (scheme, tensors, shape) in own.items():
         other = others.get(suffix)
         is_same = other is not None and other[2] == shape
@@ -177,7 +179,7 @@ def _pairs(route: Route, base: Module | None) -> Iterator[_Pair]:
             route.module if suffix == "weight" else f"{route.module}.{suffix}",
             route,
             StoredWeight(scheme, tensors, shape),
-            StoredWeight(*other) if other is not None and is_same else None,
+            StoredWeight(*other) if other is not None and is_same and not is_norm else None,
         )
 
 
@@ -334,11 +336,15 @@ def _find_folded(pair: _Pair, comparison: Comparison) -> frozenset[str]:
     """Return which factors, of rows and of columns, alone tell a weight from the base's."""
     if not comparison.may_be_folded or pair.base is None:
         return frozenset()
-    fit = FoldedFit(comparison.column_factors())
-    for low, high in pair.chunks:
-        weights = [stored.dequantize(stored.read_rows(low, high)) for stored in _both(pair)]
-        fit.add(*weights)
-    return fit.varying(comparison) if fit.explains(comparison) else frozenset()
+    columns = comparison.column_factors()
+    for _ in range(_FOLD_PASSES):
+        fit = FoldedFit(columns)
+        for low, high in pair.chunks:
+            fit.add(*(one.dequantize(one.read_rows(low, high)) for one in _both(pair)))
+        if fit.explains(comparison):
+            return fit.varying(comparison)
+        columns = fit.better_columns()
+    return frozenset()
 
 
 def _both(pair: _Pair) -> tuple[StoredWeight, StoredWeight]:

@@ -104,7 +104,7 @@ class Comparison:
     @property
     def may_be_folded(self) -> bool:
         """Whether a factor a column or a row explains much of the difference."""
-        if self.error2 <= _FOLD_FROM**2 * self.rounding2:
+        if self.error2 <= _FOLD_FROM**2 * self.rounding2 or self.source2 == 0.0:
             return False
         rows_products, rows_base2 = torch.cat(self.row_products), torch.cat(self.row_base2)
         if min(self.columns, len(rows_products)) < _LEAST_SIDE:
@@ -127,15 +127,26 @@ class FoldedFit:
     columns: torch.Tensor
     left2: float = 0.0
     rows: list[torch.Tensor] = field(default_factory=list)
+    _products: torch.Tensor | float = 0.0
+    _squares: torch.Tensor | float = 0.0
 
     def add(self, source: torch.Tensor, base: torch.Tensor) -> None:
         """Add some rows, float32 (rows, K)."""
         scaled = base * self.columns
         products = (source * scaled).sum(1, dtype=torch.float64)
         squares = scaled.square().sum(1, dtype=torch.float64)
-        self.rows.append(_ratio(products, squares))
+        rows = _ratio(products, squares)
+        self.rows.append(rows)
+        scaled = base * rows.float()[:, None]
+        self._products += (source * scaled).sum(0, dtype=torch.float64)
+        self._squares += scaled.square().sum(0, dtype=torch.float64)
         total = float(source.square().sum(dtype=torch.float64))
         self.left2 += total - _explained(products, squares)
+
+    def better_columns(self) -> torch.Tensor:
+        """Return the factors of columns that fit best beside the rows' that were found."""
+        assert isinstance(self._products, torch.Tensor) and isinstance(self._squares, torch.Tensor)
+        return _ratio(self._products, self._squares).float()
 
     def explains(self, comparison: Comparison) -> bool:
         """Whether the factors bring the difference down to what the format explains."""
@@ -145,7 +156,7 @@ class FoldedFit:
         return self.left2 <= bound
 
     def varying(self, comparison: Comparison) -> frozenset[str]:
-        """Return which factors are not all alike, "rows" or "columns", beyond the weights' noise."""
+        """Return which factors are not all alike, "rows" or "columns", beyond noise."""
         noise = math.sqrt(max(self.left2, 0.0) / max(comparison.source2, 1e-300))
         rows, columns = torch.cat(self.rows), self.columns.double()
         sides = []

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vllm_mixprec.checkpoint.formats import Module
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.routing.findings import FindingLog, generalise
+from vllm_mixprec.routing.route import Route
 from vllm_mixprec.routing.sources import same_values
 from vllm_mixprec.routing.structure import ModelDims, layer_name
 from vllm_mixprec.routing.table import RouteTable
@@ -35,6 +37,8 @@ _FED_BY: dict[str, str] = {
     ),
 }
 
+_NORMS = tuple(f".{norm}" for norm in sorted(set(_FED_BY.values())))
+
 
 def feeding_norm(module: str) -> str | None:
     """Return the name of the norm whose output is a module's input; None where none is known."""
@@ -42,6 +46,11 @@ def feeding_norm(module: str) -> str | None:
     parts = module.split(".")
     norm = _FED_BY.get(".".join(parts[-2:])) or _FED_BY.get(parts[-1])
     return None if layer is None or norm is None else f"{layer}.{norm}"
+
+
+def is_feeding_norm(module: str) -> bool:
+    """Whether a module is such a norm."""
+    return module.endswith(_NORMS)
 
 
 def compare_norms(
@@ -53,7 +62,7 @@ def compare_norms(
     what it feeds by it. Such columns behind the base's norm compute something else.
     """
     dims = ModelDims.from_config(table.base_config)
-    found: dict[tuple[str, str], bool] = {}
+    seen: set[tuple[str, str]] = set()
     for module, route in table.routes.items():
         norm = feeding_norm(module)
         served = table.routes.get(norm) if norm is not None else None
@@ -61,16 +70,11 @@ def compare_norms(
             continue
         if not dims.is_loaded(module, table.layout.draft):
             continue
-        key = (norm, route.source)
-        if key not in found:
-            own = checkpoints[route.source].modules.get(norm)
-            found[key] = own is None or all(
-                suffix not in own.tensors
-                or own.tensors[suffix].shape != spec.shape
-                or same_values(own.tensors[suffix], spec)
-                for suffix, spec in served.tensors.items()
-            )
-        if not found[key]:
+        if (norm, route.source) in seen:
+            continue
+        seen.add((norm, route.source))
+        own = checkpoints[route.source].modules.get(norm)
+        if own is not None and not _same_norm(own, served):
             log.add(
                 "error",
                 "norm-mismatch",
@@ -81,3 +85,11 @@ def compare_norms(
                 "or take the norm and all that it feeds from one source.",
                 noun="norms",
             )
+
+
+def _same_norm(own: Module, served: Route) -> bool:
+    return all(
+        own.tensors[suffix].shape == spec.shape and same_values(own.tensors[suffix], spec)
+        for suffix, spec in served.tensors.items()
+        if suffix in own.tensors
+    )
