@@ -64,10 +64,10 @@ PATCHING: tuple[Coupling, ...] = (
     *(
         Coupling(f"{_MODELS}.{name}", "is read for embeddings on every stage (vocabulary)")
         for name in (
-            "mixtral:MixtralModel",
-            "olmoe:OlmoeModel",
-            "qwen2_moe:Qwen2MoeModel",
-            "qwen3_moe:Qwen3MoeModel",
+            "mixtral:MixtralForCausalLM",
+            "olmoe:OlmoeForCausalLM",
+            "qwen2_moe:Qwen2MoeForCausalLM",
+            "qwen3_moe:Qwen3MoeForCausalLM",
         )
     ),
     Coupling(

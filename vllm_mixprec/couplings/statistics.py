@@ -25,7 +25,7 @@ STATISTICS: tuple[Coupling, ...] = (
     Coupling(
         f"{_CAPTURER}:RoutedExpertsCaptureSource",
         "tells layers that report their routing without vLLM's runner",
-        members=("layer_id", "capture_fn"),
+        members=("capture_fn",),
     ),
     Coupling(
         "vllm.forward_context:get_forward_context",
