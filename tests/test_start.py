@@ -33,6 +33,9 @@ def test_own_draft_loads_through_the_plan(tmp_path: Path, caplog: pytest.LogCapt
     assert config.speculative_config.draft_load_config is None
     assert config.speculative_config.draft_model_config.quantization == METHOD
     assert SAID not in caplog.text
+    lines = [r.getMessage() for r in caplog.records if r.name == "vllm.mixprec"]
+    assert any(line.startswith("layers 0-1: ") and " of base, " in line for line in lines)
+    assert any(line.startswith("layer 3 (MTP): ") for line in lines)
 
 
 def test_load_config_beside_an_own_draft_is_dropped_with_a_warning(

@@ -182,7 +182,8 @@ def spell_layers(table: RouteTable) -> list[str]:
     for layers in fold_layers(table):
         spelt = [_spell(part) for part in layers.parts if part.is_loaded]
         if spelt:
-            where = f"layers {layers.label}" if layers.numbers else "outside of the layers"
+            noun = "layer" if len(layers.numbers) == 1 else "layers"
+            where = f"{noun} {layers.label}" if layers.numbers else "outside of the layers"
             lines.append(f"{where}: {'; '.join(spelt)}")
     return lines
 
