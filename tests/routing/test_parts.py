@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows that ``inspect``, the log of a start and ``model_info`` show."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.engine.mixes import ROOT
@@ -63,14 +65,13 @@ def test_kernels_are_those_of_the_platform() -> None:
     assert ("gptq int4 g128", "gptq_marlin") in kernels and ("bf16", "vLLM's own") in kernels
 
 
-def test_layers_with_experts_beyond_the_kernels_tiles_are_vllms_own() -> None:
-    """Cut in 4, experts of 64 rows have 16, which ``fused_experts_cpu`` does not take."""
-    plan = make_plan(("**.experts.{0-3}", "bf16"))
-    for ranks, kernel in ((1, "fused_experts_cpu"), (4, "vLLM's own")):
-        table = load_route_table(plan, platform=CPU, layout=Layout(tensor_parallel_size=ranks))
-        (experts,) = [p for p in layer_parts(table)[0] if p.kind == "routed_experts"]
-        rows = table.routes["model.layers.0.mlp.experts.0.up_proj"].shape[0]
-        assert experts.kernel == (kernel if rows // ranks % 32 else "fused_experts_cpu")
+@pytest.mark.parametrize(("ranks", "kernel"), [(4, "fused_experts_cpu"), (8, "vLLM's own")])
+def test_experts_that_do_not_fill_the_kernels_tiles_are_vllms_own(ranks: int, kernel: str) -> None:
+    """Of 128 rows a rank of eight has 16; ``fused_experts_cpu`` takes multiples of 32."""
+    table = load_route_table(make_plan(), platform=CPU)
+    table = replace(table, layout=Layout(tensor_parallel_size=ranks))
+    (experts,) = [part for part in layer_parts(table)[0] if part.kind == "routed_experts"]
+    assert experts.kernel == kernel
 
 
 @pytest.mark.parametrize("draft", [False, True])
