@@ -23,6 +23,8 @@ from vllm_mixprec.routing.sources import compare_configs, compare_routers
 from vllm_mixprec.routing.structure import ModelDims
 from vllm_mixprec.routing.table import RouteTable, build_table, open_source
 
+CACHE_SCALES = frozenset({"q_scale", "k_scale", "v_scale", "prob_scale"})
+
 __all__ = ["Finding", "Progress", "Report", "check"]
 
 Progress = Callable[[str, int, int], None]
@@ -127,12 +129,32 @@ def check(
     step("routing modules", len(sources) + 1)
     table = build_table(plan, checkpoints, layout, platform, log, dtype)
     compare_norms(table, checkpoints, log)
+    _report_cache_scales(table, log)
     bytes_per_rank = _bytes_per_rank(table, checkpoints[plan.base], log)
     if deep:
         step("reading tensors", len(sources) + 2)
         _examine(table, checkpoints, log, has_bar=progress is not None)
     step("done", steps)
     return Report(log.findings(), bytes_per_rank, None if log.has_errors else table)
+
+
+def _report_cache_scales(table: RouteTable, log: FindingLog) -> None:
+    """Report scales of the key-value cache that are no companions of a quantised weight.
+
+    Those are dropped with a note; these would reach the model, which has no place for them.
+    """
+    dims = ModelDims.from_config(table.base_config)
+    for module, route in table.routes.items():
+        scales = CACHE_SCALES.intersection(route.tensors)
+        if scales and dims.is_loaded(module, table.layout.draft):
+            log.add(
+                "error",
+                "cache-scale",
+                module,
+                f"source {route.source!r} has {', '.join(sorted(scales))} here: a mixed model's "
+                "key-value cache has no scales, and no place for them. Remove these tensors from "
+                "the checkpoint, or choose another source.",
+            )
 
 
 def _examine(
