@@ -33,7 +33,7 @@ from vllm_mixprec.routing.stored import (
 from vllm_mixprec.routing.structure import ModelDims, layer_name
 from vllm_mixprec.routing.table import RouteTable
 
-_CHUNK_WEIGHTS = 1 << 22  # 16 MiB in float32, of which about eight live at a time
+_CHUNK_WEIGHTS = 1 << 20  # 4 MiB in float32, of which some fifteen live at a time
 _FOLD_PASSES = 4  # over a weight, to find factors of rows and of columns that both vary
 _ALIKE = 0.8  # similarity from which a weight is taken for another one of the base
 
