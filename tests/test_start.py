@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.loading.serving import make_plan, needs_cpu, write_base
-from vllm_mixprec import compose
+from vllm_mixprec import compose, start
 from vllm_mixprec.quant.config import LOAD_FORMAT, METHOD, layout_of
 from vllm_mixprec.routing import Layout
 
@@ -34,6 +34,16 @@ def test_own_draft_loads_through_the_plan(tmp_path: Path, caplog: pytest.LogCapt
     assert config.speculative_config.draft_load_config is None
     assert config.speculative_config.draft_model_config.quantization == METHOD
     assert SAID not in caplog.text
+
+
+def test_log_says_what_each_layer_is_served_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(start.logger, "info", lambda text, *args: lines.append(text % args))
+    draft(tmp_path)
+    shown = [line.partition(": ")[0] for line in lines if " bf16 of base, vLLM's own" in line]
+    assert shown == ["layers 0-1", "layer 2", "layer 3 (MTP)", "outside of the layers"]
 
 
 def test_load_config_beside_an_own_draft_is_dropped_with_a_warning(

@@ -17,10 +17,23 @@ _registered = False
 
 
 def register() -> None:
-    """Entry point ``vllm.general_plugins``: quantization method, load format, start-up check."""
+    """Entry point ``vllm.general_plugins``: quantization method, load format, start-up check.
+
+    On a vLLM that it cannot work with, a mixed model is refused with the reason, and others start.
+    """
     global _registered
     if _registered:
         return
+    if Path(sys.argv[0]).name == "vllm":
+        _say_errors_plainly()
+    try:
+        _register()
+    except Exception as error:  # whatever a vLLM raises that has moved things
+        _refuse_mixed_models(error)
+    _registered = True
+
+
+def _register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.models import ModelRegistry
@@ -36,9 +49,25 @@ def register() -> None:
         ModelRegistry.register_model(name, f"vllm_mixprec.models.dense_dsa:{name}")
     _hook_start()
     worker_hook.apply()
-    _registered = True
-    if Path(sys.argv[0]).name == "vllm":
-        _say_errors_plainly()
+
+
+def _refuse_mixed_models(error: Exception) -> None:
+    """Register, in place of what could not be, a method that names the coupling that is broken.
+
+    Raises:
+        Exception: ``error`` itself, where every coupling holds and so none explains it.
+    """
+    from vllm_mixprec.couplings import COUPLINGS, find_unfit
+    from vllm_mixprec.routing import detect_platform
+
+    unfit = find_unfit(detect_platform().family, COUPLINGS)
+    if unfit is None:
+        raise error
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from vllm_mixprec.quant.unfit import make_refusal
+
+    register_quantization_config("mixprec")(make_refusal(unfit))
 
 
 def _say_errors_plainly() -> None:

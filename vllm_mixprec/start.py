@@ -7,6 +7,7 @@ from pathlib import Path
 from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 
+from vllm_mixprec.couplings import LOADING, find_unfit
 from vllm_mixprec.device import refuse_old_driver, refuse_too_little_memory
 from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.experts.collect import ENABLED_KEY
@@ -30,6 +31,7 @@ from vllm_mixprec.quant.config import (
 )
 from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import check
+from vllm_mixprec.routing.parts import spell_layers
 from vllm_mixprec.routing.sources import config_differences
 
 logger = init_logger("vllm.mixprec")
@@ -52,8 +54,10 @@ def prepare(vllm_config: VllmConfig) -> None:
     """Check the plan for this layout, and have vLLM load through it.
 
     Raises:
+        UnsupportedError: this vLLM is not what the package leans on, or the layout is not known.
         PlanError: the check found errors; they are all in the message.
     """
+    _refuse_unfit_vllm()
     model_config, load_config = vllm_config.model_config, vllm_config.load_config
     path = plan_path(model_config.model, model_config.hf_config)
     _refuse_parallelism(vllm_config)
@@ -83,6 +87,8 @@ def prepare(vllm_config: VllmConfig) -> None:
             f"{path}: the plan's base is another model than {model_config.model}: "
             f"{'; '.join(differences)}. Serve the directory of source {plan.base!r}"
         )
+    for line in spell_layers(report.table):
+        logger.info("%s", line)
     for finding in report.findings:
         say = logger.warning if finding.level == "warning" else logger.info
         say("%s: %s", finding.where, finding.message)
@@ -149,6 +155,13 @@ def _prepare_draft(
             speculative.draft_load_config = None
     elif speculative.draft_load_config is None:
         speculative.draft_load_config = replace(load_config, load_format="auto")
+
+
+def _refuse_unfit_vllm() -> None:
+    """Refuse a vLLM that has moved what loading leans on, before it fails somewhere inside."""
+    unfit = find_unfit(usable_platform().family, LOADING)
+    if unfit is not None:
+        raise UnsupportedError(unfit)
 
 
 def _refuse_parallelism(vllm_config: VllmConfig) -> None:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import shutil
+
 import pytest
 
 from tests.cli.conftest import MODELS
+from tests.routing.models import edit_tensors
 
 
 def test_sound_plan(run, mixed_plan):
@@ -110,3 +113,22 @@ def test_absent_plan(run, tmp_path):
     result = run("check", tmp_path / "absent.yaml")
     assert result.code == 1
     assert "absent.yaml" in result.out and "cannot be read" in result.out
+
+
+def test_deep_reads_the_tensors(run, write_plan, tmp_path):
+    """A scale that no header shows, and a bar on stderr that stdout does not see."""
+    broken = tmp_path / "fp8"
+    shutil.copytree(MODELS / "fp8", broken)
+    scale = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+
+    def zero(tensors):
+        dtype, shape, data = tensors[scale]
+        tensors[scale] = (dtype, shape, bytes(len(data)))
+
+    edit_tensors(broken / "model.safetensors", zero)
+    plan = write_plan(("model.layers.*.self_attn.*_proj", "fp8"), fp8=broken)
+    assert run("check", plan, "--json").json["deep"] is False
+    result = run("check", plan, "--deep", "--json")
+    assert result.code == 1 and result.json["deep"] is True
+    assert [found["code"] for found in result.json["findings"]] == ["scale-invalid"]
+    assert "Reading tensors" in result.err

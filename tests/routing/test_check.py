@@ -634,3 +634,17 @@ def test_progress_is_told() -> None:
     check(make_plan(("lm_head", "fp8")), progress=lambda *step: steps.append(step), platform=CPU)
     assert steps[0] == ("reading headers of bf16", 0, 4)
     assert steps[-1] == ("done", 4, 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.k_scale", "model.layers.0.mlp.gate.v_scale"]
+)
+def test_scale_of_the_cache_that_the_model_has_no_place_for(models: Path, name: str) -> None:
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = ("F32", [1], struct.pack("<f", 1.0))
+
+    edit_tensors(models / "fp8" / "model.safetensors", add)
+    report = check_here(make_plan(base="fp8", folder=models))
+    module, _, suffix = name.rpartition(".")
+    expect_error(report, "cache-scale", module, f"source 'fp8' has {suffix} here", "Remove")
+    assert check_here(make_plan(base="fp8")).ok

@@ -161,6 +161,14 @@ def test_model_info_names_source_and_format_of_each_expert(described):
         assert groups["int4"]["served"].startswith("gptq int4")
 
 
+def test_model_info_has_the_rows_that_inspect_and_the_log_show(described):
+    layers, outside = described["layers"]
+    assert (layers["layers"], outside["layers"]) == ([0, 1, 2], [])
+    kernels = {(part["kind"], part["source"]): part["kernel"] for part in layers["parts"]}
+    assert kernels["attention", "fp8"] == "fp8_scaled_mm_cpu"
+    assert kernels["routed_experts", "int4"] == "fused_experts_cpu"
+
+
 def test_model_info_counts_bytes_by_source(described):
     sizes = {(entry["source"], entry["format"]): entry["bytes"] for entry in described["bytes"]}
     assert set(sizes) == {("bf16", "bf16"), ("fp8", "fp8_block"), ("int4", "gptq")}

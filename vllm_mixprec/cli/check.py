@@ -20,8 +20,9 @@ from vllm_mixprec.routing import Finding, Platform, Report, check
 from vllm_mixprec.routing.findings import format_bytes
 
 _DESCRIPTION = """\
-Report everything that is wrong or notable about a plan. Nothing is read but headers and the
-routers' few megabytes. Exit code 1 with errors, and with --strict also with warnings and notes."""
+Report everything that is wrong or notable about a plan. Nothing is read but headers and the few
+megabytes of routers and norms; with --deep, every tensor that is served. Exit code 1 with errors,
+and with --strict also with warnings and notes."""
 
 _EXAMPLE = """\
 example:
@@ -66,6 +67,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help=f"whose kernels count: {_PLATFORMS}; default: this machine",
     )
     parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="also read the tensors: broken scales, and weights that differ from the base's by "
+        "more than their format explains",
+    )
+    parser.add_argument(
         "--strict", action="store_true", help="exit with 1 for warnings and notes too"
     )
     return parser
@@ -101,6 +108,7 @@ def _describe(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
         "pipeline_parallel_size": arguments.pipeline_parallel_size,
         "expert_parallel": arguments.enable_expert_parallel,
         "draft": arguments.mtp,
+        "deep": arguments.deep,
         **report.to_dict(),
     }
 
@@ -119,6 +127,7 @@ def _check(arguments: argparse.Namespace) -> Report:
             platform=arguments.platform,
             progress=progress,
             draft=arguments.mtp,
+            deep=arguments.deep,
         )
 
 

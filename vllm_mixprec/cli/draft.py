@@ -12,11 +12,11 @@ from pathlib import Path
 import yaml
 
 from vllm_mixprec.checkpoint import Checkpoint, Module
-from vllm_mixprec.cli.kinds import KIND_LABELS, Kind, kind_of, layer_of, spell_ranges
 from vllm_mixprec.errors import RouteError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing.findings import format_bytes, generalise
 from vllm_mixprec.routing.fused import leaf_name, parse_expert
+from vllm_mixprec.routing.kinds import KIND_LABELS, Kind, kind_of, layer_of, spell_ranges
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./~@+-]+")
 

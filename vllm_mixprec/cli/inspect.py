@@ -5,12 +5,10 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_mixprec.checkpoint import Checkpoint, open_checkpoint, resolve_path
-from vllm_mixprec.cli.kinds import KIND_LABELS, KINDS, Kind, kind_of, layer_of, spell_ranges
 from vllm_mixprec.cli.output import (
     Progress,
     bytes_by_source_list,
@@ -21,9 +19,11 @@ from vllm_mixprec.cli.output import (
 )
 from vllm_mixprec.composition import PLAN_FILE, QUANT_METHOD
 from vllm_mixprec.plan import Plan
-from vllm_mixprec.routing import Route, RouteTable, load_route_table
+from vllm_mixprec.routing import RouteTable, load_route_table
 from vllm_mixprec.routing.findings import format_bytes
 from vllm_mixprec.routing.fused import parse_expert
+from vllm_mixprec.routing.kinds import KIND_LABELS, KINDS, Kind, kind_of, spell_ranges
+from vllm_mixprec.routing.parts import fold_layers, layer_parts
 from vllm_mixprec.routing.structure import ModelDims, layer_index, layer_name, text_config
 
 _DESCRIPTION = """\
@@ -185,71 +185,9 @@ def _kind_order(key: tuple[Kind, str]) -> tuple[int, str]:
     return KINDS.index(key[0]), key[1]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Modules of one kind in one layer that come and are served alike."""
-
-    kind: Kind
-    source: str
-    stored: str
-    served: str
-    reason: str | None
-    experts: tuple[int, ...]  # logical ids, empty for other kinds
-    modules: int
-    stored_bytes: int
-    served_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the part as JSON types."""
-        return {
-            "kind": self.kind,
-            "source": self.source,
-            "stored": self.stored,
-            "served": self.served,
-            "widened": self.reason,
-            **({"experts": list(self.experts)} if self.experts else {}),
-            "modules": self.modules,
-            "stored_bytes": self.stored_bytes,
-            "served_bytes": self.served_bytes,
-        }
-
-
-def layer_parts(table: RouteTable) -> dict[int | None, tuple[Part, ...]]:
-    """Return layer -> its parts by kind; what lies outside of the layers is under None, last."""
-    groups: dict[int | None, dict[tuple[Any, ...], list[Route]]] = {}
-    for route in table.routes.values():
-        key = (
-            KINDS.index(kind_of(route.module)),
-            route.source,
-            route.stored.label,
-            route.served.label,
-            route.reason or "",
-        )
-        groups.setdefault(layer_of(route.module), {}).setdefault(key, []).append(route)
-    order = sorted(groups, key=lambda layer: (layer is None, layer))
-    return {
-        layer: tuple(_make_part(*item) for item in sorted(groups[layer].items())) for layer in order
-    }
-
-
-def _make_part(key: tuple[Any, ...], routes: Sequence[Route]) -> Part:
-    kind, source, stored, served, reason = key
-    experts = {expert.expert for route in routes if (expert := parse_expert(route.module))}
-    return Part(
-        kind=KINDS[kind],
-        source=source,
-        stored=stored,
-        served=served,
-        reason=reason or None,
-        experts=tuple(sorted(experts)),
-        modules=len(routes),
-        stored_bytes=sum(route.stored_bytes for route in routes),
-        served_bytes=sum(route.served_bytes for route in routes),
-    )
-
-
 def describe_plan(path: Path, table: RouteTable) -> dict[str, Any]:
-    """Describe a resolved plan as JSON types; a part's ``widened`` is the reason, or null."""
+    """Describe a resolved plan as JSON types."""
+    dims = ModelDims.from_config(table.base_config)
     kinds: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     for route in table.routes.values():
         kinds[kind_of(route.module)] += route.served_bytes
@@ -261,7 +199,11 @@ def describe_plan(path: Path, table: RouteTable) -> dict[str, Any]:
         **describe_model(table.base_config, table.routes),
         "platform": table.platform.name,
         "layers": [
-            {"layer": layer, "parts": [part.to_dict() for part in parts]}
+            {
+                "layer": layer,
+                "mtp": layer is not None and dims.is_mtp_layer(layer),
+                "parts": [part.to_dict() for part in parts],
+            }
             for layer, parts in layer_parts(table).items()
         ],
         "bytes_by_kind": dict(kinds),
@@ -275,34 +217,24 @@ def _print_plan(path: Path, table: RouteTable) -> None:
     _print_model(path, describe_model(table.base_config, table.routes))
     print(f"  base          {table.plan.base}, served on {table.platform.name}")
     rows = []
-    for parts, layers in _fold(layer_parts(table)):
-        where = spell_ranges(layers) or "-"
-        for part in parts:
+    for layers in fold_layers(table):
+        where = layers.label
+        for part in layers.parts:
             rows.append(
                 [
                     where,
-                    KIND_LABELS[part.kind],
+                    part.label,
                     spell_ranges(part.experts),
                     part.source,
                     part.stored,
                     part.served if part.served != part.stored else "as stored",
-                    format_bytes(part.served_bytes * max(len(layers), 1)),
+                    part.kernel or "",
+                    format_bytes(part.served_bytes * max(len(layers.numbers), 1)),
                 ]
             )
             where = ""
-    columns = ["layers", "kind", "experts", "source", "stored as", "served as", "in memory"]
+    columns = ["layers", "kind", "experts", "source", "stored as", "served as", "kernel"]
+    columns.append("in memory")
     print_table(columns, rows, right=["in memory"])
     print_bytes_by_source(table.bytes_by_source())
     print_findings(table.notes)
-
-
-def _fold(
-    layers: Mapping[int | None, tuple[Part, ...]],
-) -> list[tuple[tuple[Part, ...], list[int]]]:
-    """Join layers whose parts are equal; what lies outside of the layers has an empty list."""
-    folded: dict[tuple[Part, ...], list[int]] = {}
-    for layer, parts in layers.items():
-        numbers = folded.setdefault(parts, [])
-        if layer is not None:
-            numbers.append(layer)
-    return list(folded.items())

@@ -16,7 +16,6 @@ from vllm_mixprec.cli.draft import (
     spell_path,
     write_draft,
 )
-from vllm_mixprec.cli.kinds import Kind
 from vllm_mixprec.cli.output import (
     Progress,
     bytes_by_source_list,
@@ -26,6 +25,7 @@ from vllm_mixprec.cli.output import (
 )
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.routing import resolve
+from vllm_mixprec.routing.kinds import Kind
 
 _DESCRIPTION = """\
 Write a plan that takes each kind of module from one source. What no option names comes from the

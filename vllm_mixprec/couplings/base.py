@@ -3,7 +3,7 @@
 
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,6 @@ def find_problem(coupling: Coupling) -> str | None:
         found: Any = importlib.import_module(module)
     except Exception as error:  # whatever a broken install raises is the finding
         return f"{module} cannot be imported: {_first_line(error)}"
-    if module == "vllm" and path == "_custom_ops":
-        return _find_missing(importlib.import_module("vllm._custom_ops"), coupling.members)
     try:
         for name in path.split("."):
             found = getattr(found, name)
@@ -52,9 +50,27 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
+def wrong_members(missing: Iterable[str]) -> str | None:
+    """Word what a class or module lacks; None for nothing."""
+    names = ", ".join(missing)
+    return f"lacks {names}" if names else None
+
+
+def wrong_parameters(expected: Iterable[str], taken: Collection[str]) -> str | None:
+    """Word which parameters a signature does not take; None when it takes all that are expected."""
+    missing = [name for name in expected if name not in taken]
+    return f"takes no {', '.join(missing)}, only {', '.join(taken)}" if missing else None
+
+
+def wrong_arguments(expected: tuple[str, ...], taken: tuple[str, ...]) -> str | None:
+    """Word how an operator's arguments differ, which are passed by position; None when not."""
+    if taken == expected:
+        return None
+    return f"takes ({', '.join(taken)}), expected ({', '.join(expected)})"
+
+
 def _find_missing(found: Any, members: Iterable[str]) -> str | None:
-    missing = [name for name in members if not _has_member(found, name)]
-    return f"lacks {', '.join(missing)}" if missing else None
+    return wrong_members(name for name in members if not _has_member(found, name))
 
 
 def _has_member(found: Any, name: str) -> bool:
@@ -75,16 +91,12 @@ def _find_misfit(found: Any, parameters: tuple[str, ...]) -> str | None:
         return None
     schema = getattr(getattr(found, "default", None), "_schema", None)
     if schema is not None:
-        arguments = tuple(argument.name for argument in schema.arguments)
-        if arguments == parameters:
-            return None
-        return f"takes ({', '.join(arguments)}), expected ({', '.join(parameters)})"
+        return wrong_arguments(parameters, tuple(argument.name for argument in schema.arguments))
     try:
         taken = _parameter_names(found)
     except (TypeError, ValueError) as error:
         return f"has no signature: {_first_line(error)}"
-    missing = [name for name in parameters if name not in taken]
-    return f"takes no {', '.join(missing)}, only {', '.join(taken)}" if missing else None
+    return wrong_parameters(parameters, taken)
 
 
 def _parameter_names(found: Any) -> list[str]:

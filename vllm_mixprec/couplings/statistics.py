@@ -25,7 +25,7 @@ STATISTICS: tuple[Coupling, ...] = (
     Coupling(
         f"{_CAPTURER}:RoutedExpertsCaptureSource",
         "tells layers that report their routing without vLLM's runner",
-        members=("layer_id", "capture_fn"),
+        members=("capture_fn",),
     ),
     Coupling(
         "vllm.forward_context:get_forward_context",
@@ -35,6 +35,7 @@ STATISTICS: tuple[Coupling, ...] = (
         "vllm.v1.worker.ubatching:dbo_current_ubatch_id",
         "tells the micro-batches of one step apart",
     ),
+    Coupling("vllm.envs:VLLM_MOE_SKIP_PADDING", "says whether padding is marked as such"),
     Coupling("vllm.triton_utils:HAS_TRITON", "says whether the counting kernel can be had"),
     Coupling(
         "vllm.model_executor.models.utils:extract_layer_index",
@@ -82,6 +83,7 @@ STATISTICS: tuple[Coupling, ...] = (
     ),
     Coupling("vllm.v1.engine.exceptions:EngineDeadError", "ends the polling"),
     # The routes: serving.
+    Coupling("vllm:__version__", "is the version that model_info tells"),
     Coupling("vllm.v1.engine.exceptions:EngineGenerateError", "is one request's failure"),
     Coupling(
         "vllm:SamplingParams",

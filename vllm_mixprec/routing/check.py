@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every finding about a plan at once, from headers and the routers' few megabytes."""
+"""Every finding about a plan at once: from headers, routers and norms, or from every tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tqdm import tqdm
 
 from vllm_mixprec.checkpoint.hub import is_available
 from vllm_mixprec.checkpoint.index import Checkpoint, local_path
@@ -15,10 +17,13 @@ from vllm_mixprec.routing.agreement import compare_headers, report_split_selecti
 from vllm_mixprec.routing.assign import used_sources
 from vllm_mixprec.routing.findings import Finding, FindingLog, source_place
 from vllm_mixprec.routing.kernels import Platform, detect_platform
+from vllm_mixprec.routing.norms import compare_norms
 from vllm_mixprec.routing.route import Layout
 from vllm_mixprec.routing.sources import compare_configs, compare_routers
 from vllm_mixprec.routing.structure import ModelDims
 from vllm_mixprec.routing.table import RouteTable, build_table, open_source
+
+CACHE_SCALES = frozenset({"q_scale", "k_scale", "v_scale", "prob_scale"})
 
 __all__ = ["Finding", "Progress", "Report", "check"]
 
@@ -82,6 +87,7 @@ def check(
     *,
     draft: bool = False,
     data_parallel_size: int = 1,
+    deep: bool = False,
 ) -> Report:
     """Find everything that is wrong or notable about a plan; nothing is raised for its faults.
 
@@ -91,10 +97,12 @@ def check(
         dtype: format that the model computes in, such as "bf16"; None for the base's own.
         draft: load the model's own MTP layers as the draft model, and require them.
         data_parallel_size: replicas that share the routed experts.
+        deep: read the tensors too, and compare what is routed with the base. Imports torch; shows
+            a bar on stderr where there is a ``progress``.
 
     Raises:
         ValueError: a parallel size below 1.
-        UnsupportedError: VLLM_MIXPREC_PLATFORM holds no platform's name.
+        UnsupportedError: VLLM_MIXPREC_PLATFORM holds no platform's name; ``deep`` without torch.
     """
     report, _ = examine(
         plan,
@@ -108,6 +116,7 @@ def check(
         platform,
         progress,
         dtype,
+        deep=deep,
     )
     return report
 
@@ -118,13 +127,15 @@ def examine(
     platform: Platform | None = None,
     progress: Progress | None = None,
     dtype: str | None = None,
+    *,
+    deep: bool = False,
 ) -> tuple[Report, dict[str, Checkpoint]]:
     """As ``check``; also return the plan's checkpoints that could be opened, by source."""
     layout = layout or Layout()
     platform = platform or detect_platform()
     log = FindingLog()
     sources = used_sources(plan)
-    steps = len(sources) + 2
+    steps = len(sources) + (3 if deep else 2)
 
     def step(what: str, done: int) -> None:
         if progress is not None:
@@ -152,9 +163,54 @@ def examine(
         log.add("error", "plan-invalid", str(plan.path or "plan"), str(error))
         return Report(log.findings(), (), None), checkpoints
     _report_absent_shards(table, log)
+    compare_norms(table, checkpoints, log)
+    _report_cache_scales(table, log)
     bytes_per_rank = _bytes_per_rank(table, checkpoints[plan.base], log)
+    if deep:
+        step("reading tensors", len(sources) + 2)
+        _read_tensors(table, checkpoints, log, has_bar=progress is not None)
     step("done", steps)
     return Report(log.findings(), bytes_per_rank, None if log.has_errors else table), checkpoints
+
+
+def _report_cache_scales(table: RouteTable, log: FindingLog) -> None:
+    """Report scales of the key-value cache that are no companions of a quantised weight.
+
+    Those are dropped with a note; these would reach the model, which has no place for them.
+    """
+    dims = ModelDims.from_config(table.base_config)
+    for module, route in table.routes.items():
+        scales = CACHE_SCALES.intersection(route.tensors)
+        if scales and dims.is_loaded(module, table.layout.draft):
+            log.add(
+                "error",
+                "cache-scale",
+                module,
+                f"source {route.source!r} has {', '.join(sorted(scales))} here: a mixed model's "
+                "key-value cache has no scales, and no place for them. Remove these tensors from "
+                "the checkpoint, or choose another source.",
+            )
+
+
+def _read_tensors(
+    table: RouteTable, checkpoints: Mapping[str, Checkpoint], log: FindingLog, has_bar: bool
+) -> None:
+    try:
+        from vllm_mixprec.routing import deep
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"--deep reads tensors with {error.name}, which is not installed; expected torch and "
+            "numpy. Install vLLM beside this package, or torch alone"
+        ) from error
+    with tqdm(
+        total=deep.count_bytes(table, checkpoints),
+        desc="Reading tensors",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=not has_bar,
+    ) as bar:
+        deep.examine(table, checkpoints, log, bar.update)
 
 
 def _open(plan: Plan, name: str, log: FindingLog) -> Checkpoint | None:

@@ -125,7 +125,7 @@ def compare_routers(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: Find
             if not all(is_available(spec.file) for spec in weights):
                 continue
             try:
-                same = _same_values(*weights)
+                same = same_values(*weights)
             except CheckpointError as error:
                 log.add("error", "source-unreadable", module.name, str(error))
                 continue
@@ -150,7 +150,7 @@ def _is_router(module: Module, num_experts: int | None) -> bool:
     )
 
 
-def _same_values(one: TensorSpec, other: TensorSpec) -> bool:
+def same_values(one: TensorSpec, other: TensorSpec) -> bool:
     """Compare two tensors' values; of unlike dtypes, up to the rounding of the coarser one."""
     one_data, other_data = _read_data(one), _read_data(other)
     if one.dtype == other.dtype:

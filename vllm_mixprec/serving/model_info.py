@@ -15,6 +15,8 @@ from vllm_mixprec.quant.config import METHOD, dtype_of, layout_of, plan_path
 from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import Route, RouteTable, load_route_table
 from vllm_mixprec.routing.fused import parse_expert
+from vllm_mixprec.routing.kinds import find_runs
+from vllm_mixprec.routing.parts import describe_layers
 from vllm_mixprec.routing.structure import ModelDims, is_mtp_module, layer_index
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ _NO_PLAN: dict[str, Any] = {
     "bytes": [],
     "widened": [],
     "notes": [],
+    "layers": [],
     "expert_layers": [],
 }
 
@@ -106,6 +109,7 @@ def describe_table(table: RouteTable, plan: Mapping[str, Any]) -> dict[str, Any]
         ],
         "widened": _describe_widened(table),
         "notes": [note.to_dict() for note in table.notes],
+        "layers": describe_layers(table),
         "expert_layers": _describe_experts(table),
     }
 
@@ -182,7 +186,7 @@ def _group(experts: Mapping[int, list[Route]]) -> list[dict[str, Any]]:
             "served": served,
             "format": format,
             "bits": bits,
-            "experts": _find_runs(members),
+            "experts": find_runs(members),
         }
         for (source, stored, served, format, bits), members in groups.items()
     ]
@@ -190,14 +194,3 @@ def _group(experts: Mapping[int, list[Route]]) -> list[dict[str, Any]]:
 
 def _join(names: Any) -> str:
     return " + ".join(dict.fromkeys(names))
-
-
-def _find_runs(numbers: list[int]) -> list[list[int]]:
-    """Return sorted numbers as [first, last] of each run."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return runs

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from vllm_mixprec.cli.kinds import kind_of, layer_of, spell_ranges
+from vllm_mixprec.routing.kinds import kind_of, layer_of, spell_ranges
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,16 @@ def layer_of(module: str) -> int | None:
 
 def spell_ranges(numbers: Iterable[int]) -> str:
     """Spell numbers as a plan does: ``0-7,12``."""
+    runs = find_runs(sorted(set(numbers)))
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def find_runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Return sorted numbers as [first, last] of each run."""
     runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
+    for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+    return runs
