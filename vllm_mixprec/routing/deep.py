@@ -108,7 +108,7 @@ def examine(
 ) -> None:
     """Read every tensor that is served and report what is wrong with it.
 
-    Holds some 200 MiB, and the stored words of one GPTQ or AWQ module.
+    Some 50 MiB of tensors live at a time, besides the stored words of one GPTQ or AWQ module.
 
     Args:
         advance: told the bytes of each module that is done; :func:`count_bytes` in all.
