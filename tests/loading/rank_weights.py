@@ -5,7 +5,8 @@ python -m tests.loading.rank_weights MODEL OUT.json
 
 OUT: for each rank ``rows``, how many tensors were read in part; ``bytes`` and ``whole_bytes``, what
 the system was asked for in either way; ``unlike``, the parameters that then differ; ``parameters``,
-how many there are; ``digest`` of their values. Both ranks are built in this one process, which talks to nobody.
+how many there are; ``digest`` of their values. Both ranks are built in this one process, which
+talks to nobody.
 """
 
 import functools
