@@ -39,6 +39,18 @@ PATCHING: tuple[Coupling, ...] = (
         family="cpu",
     ),
     Coupling(
+        "vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator",
+        "exchanges tensors between ranks on a CPU; two methods are given to it (cpu_data_parallel)",
+        members=("all_gather", "all_gatherv", "all_reduce", "reduce_scatterv", "rank_in_group"),
+        family="cpu",
+    ),
+    Coupling(
+        "vllm.distributed.device_communicators.base_device_communicator:DeviceCommunicatorBase",
+        "has the methods that a communicator lacks (cpu_data_parallel)",
+        members=("all_gatherv", "reduce_scatterv"),
+        family="cpu",
+    ),
+    Coupling(
         f"{_RUNNER}.gpu_model_runner:GPUModelRunner",
         "asks its drafter for metadata on every stage (draft_stages)",
         members=("drafter", "initialize_metadata_builders"),
