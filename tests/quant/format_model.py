@@ -88,7 +88,7 @@ def write_formats(folder: Path, cases: Iterable[str] = CASES) -> tuple[dict[str,
         _write(folder / case, tensors, config | {"quantization_config": raw}, case == PICKLED)
         sources[case] = {"path": str(folder / case)}
     plan = {"version": 1, "base": "base", "sources": sources, "rules": rules}
-    return plan, {name: weight.float() for name, weight in weights.items()}
+    return plan, {name: weight.float().contiguous() for name, weight in weights.items()}
 
 
 def _write(
