@@ -10,7 +10,7 @@ PATCHING: tuple[Coupling, ...] = (
     Coupling(
         f"{_RUNNER}.worker_base:WorkerWrapperBase",
         "builds the worker, then calls init_device, which is wrapped (worker_hook)",
-        members=("init_device", "worker"),
+        members=("init_device",),
     ),
     Coupling(
         "vllm.v1.engine.async_llm:load_stat_logger_plugin_factories",
@@ -53,7 +53,7 @@ PATCHING: tuple[Coupling, ...] = (
     Coupling(
         f"{_RUNNER}.gpu_model_runner:GPUModelRunner",
         "asks its drafter for metadata on every stage (draft_stages)",
-        members=("drafter", "initialize_metadata_builders"),
+        members=("initialize_metadata_builders",),
     ),
     Coupling(
         "vllm.v1.spec_decode.eagle:EagleProposer",
