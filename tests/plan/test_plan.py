@@ -162,7 +162,11 @@ def test_anchors_and_merge_keys_are_fine(tmp_path: Path) -> None:
         ),
         ("options:", "path: /x\noptions:", "11: path: unknown key, expected one of version, base"),
         ("{path: /models/Qwen3-30B-A3B}", "/models", '4: sources.bf16: found "/models", expected'),
-        ("path: /models/Qwen3-30B-A3B}", "path: ''}", '4: sources.bf16.path: found "", expected text in one'),
+        (
+            "path: /models/Qwen3-30B-A3B}",
+            "path: ''}",
+            '4: sources.bf16.path: found "", expected text in one',
+        ),
         ("path: /models/Qwen3-30B-A3B}", "path: 3}", "4: sources.bf16.path: found 3, expected a"),
         ("  fp8: ", "  8: ", "5: sources.8: found the name 8, expected a string of letters"),
         ("  fp8: ", "  ../fp8: ", '5: sources.../fp8: found the name "../fp8", expected'),
