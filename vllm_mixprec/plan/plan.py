@@ -373,7 +373,7 @@ def _load_yaml(file: Path) -> tuple[Any, dict[_Location, int]]:
 
 
 def _check_depth(file: Path, raw: bytes) -> None:
-    """Bound nesting and size before anything recurses: libyaml's composer would overrun the stack."""
+    """Bound depth and size before anything recurses: libyaml's composer would overrun the stack."""
     depth = scalars = 0
     for event in yaml.parse(raw, Loader=_SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
