@@ -11,7 +11,7 @@ of its own, forked for the case. What passes there is started, and every 40th of
 vLLM's own ``create_engine_config``, where the plug-in checks the plan, and ``get_model``, which
 builds vLLM's model class and loads it through our loader and its kernels' repacking. That is
 an engine's start up to where the key-value cache is made; a whole engine a case would take hours.
-Files that are to change while they are read are changed from inside, right before or amid the reads.
+Files that are to change while they are read are changed from inside, before or amid the reads.
 
 Outcomes:
     refused           exit 1 with findings, or an error of ours; by check or, as told, at the start
