@@ -18,6 +18,8 @@ from vllm_mixprec.plan.patterns import Pattern, compile_pattern
 MAX_FILE_BYTES = 8 << 20
 MAX_PROBLEMS = 100
 MAX_DEPTH = 32
+MAX_SCALARS = 250_000
+"""Of one file: PyYAML takes half a kilobyte for each; a mapping of 100,000 modules has 200,000."""
 MAX_ALIASED_NODES = 100_000
 """How many nodes the aliases of a file may repeat: far above use, far below a "billion laughs"."""
 
@@ -371,8 +373,8 @@ def _load_yaml(file: Path) -> tuple[Any, dict[_Location, int]]:
 
 
 def _check_depth(file: Path, raw: bytes) -> None:
-    """Bound the nesting before anything recurses: libyaml's composer would overrun the stack."""
-    depth = 0
+    """Bound depth and size before anything recurses: libyaml's composer would overrun the stack."""
+    depth = scalars = 0
     for event in yaml.parse(raw, Loader=_SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
@@ -384,6 +386,13 @@ def _check_depth(file: Path, raw: bytes) -> None:
                 )
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+        elif isinstance(event, yaml.ScalarEvent):
+            scalars += 1
+            if scalars > MAX_SCALARS:
+                raise PlanError(
+                    f"{file}:1: more than {MAX_SCALARS} keys and values, expected a plan. Use "
+                    "patterns in place of one rule for each module."
+                )
 
 
 class _NodeCheck:

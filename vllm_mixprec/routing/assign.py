@@ -12,13 +12,14 @@ from vllm_mixprec.checkpoint.formats import FORMATS, Module
 from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.index import Checkpoint
-from vllm_mixprec.plan.patterns import compile_pattern, numbered_braces
+from vllm_mixprec.plan.patterns import numbered_braces
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.findings import FindingLog, Level, generalise, rule_place
 from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.structure import layer_name
 
 _NEAREST = 3
+_SUGGESTED = 50  # unmatched rules that get a suggestion, which is a search of milliseconds
 _NEAREST_CUTOFF = 0.6
 
 # How checkpoint/index.py words a file or tensor that is there but that the index leaves out.
@@ -42,9 +43,9 @@ def match_rules(plan: Plan, modules: Iterable[Module]) -> Iterator[int]:
     """Yield for each module the rules that match, a bit mask with the first rule lowest.
 
     A rule that matches a fused module, by the name that the files have for it, matches its parts.
-    Every pattern is compiled once, so that a plan over 100,000 modules resolves in a second.
+    Every pattern was compiled once, so that a plan over 100,000 modules resolves in a second.
     """
-    matchers = [(1 << index, compile_pattern(rule.match)) for index, rule in enumerate(plan.rules)]
+    matchers = [(1 << index, rule.matches) for index, rule in enumerate(plan.rules)]
 
     def mask_of(name: str) -> int:
         mask = 0
@@ -252,16 +253,20 @@ def _report_rules(plan: Plan, base: Checkpoint, matched: int, won: int, log: Fin
     examples: dict[str, tuple[str, str]] = {}
     fused = (module.fused for module in base.modules.values())
     names = dict.fromkeys([*base.modules, *(name for name in fused if name is not None)])
+    unmatched = 0
     for index, rule in enumerate(plan.rules):
         bit = 1 << index
         if not matched & bit:
             examples = examples or _example_names(names)
+            unmatched += 1
+            suggestion = (
+                _suggest(rule.match, examples) if unmatched <= _SUGGESTED else "Correct it."
+            )
             log.add(
                 "error",
                 "rule-unmatched",
                 rule_place(plan, index),
-                f'"{rule.match}" matches no module of base {plan.base!r}. '
-                f"{_suggest(rule.match, examples)}",
+                f'"{rule.match}" matches no module of base {plan.base!r}. {suggestion}',
                 noun="rules",
             )
         elif not won & bit:
