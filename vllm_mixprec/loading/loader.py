@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import Module
@@ -22,6 +23,7 @@ from vllm_mixprec.checkpoint.spelling import class_name
 from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
+from vllm_mixprec.loading.reload import as_files_are
 from vllm_mixprec.loading.rows import rank_rows
 from vllm_mixprec.loading.stream import read_tensors
 from vllm_mixprec.models import PREPARE
@@ -77,6 +79,7 @@ class MixPrecLoader(BaseModelLoader):
         )
         model.load_weights = model.mixprec_intake.load_weights
         model.mixprec_served = model_config.model
+        model.mixprec_asked = False
         return model
 
     def load_weights(self, model: Module, model_config: ModelConfig) -> None:
@@ -105,6 +108,7 @@ class MixPrecLoader(BaseModelLoader):
         Raises:
             UnsupportedError: vLLM asks for the weights of another directory, as its
                 ``reload_weights`` with a path does.
+            CheckpointError: of a reload, a file holds other tensors by now.
         """
         if model_config.model != model.mixprec_served:
             asked, model_config.model = model_config.model, model.mixprec_served
@@ -113,17 +117,28 @@ class MixPrecLoader(BaseModelLoader):
                 "same, whose plan says where each tensor comes from. Compose another directory and "
                 "serve that"
             )
-        return self._read(list(model.mixprec_intake.held.values()), model.mixprec_rows)
-
-    def _read(
-        self, routes: list[Route], rows: dict[TensorSpec, range]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+        routes = list(model.mixprec_intake.held.values())
         names = {
             (spec.file, spec.name): f"{route.module}.{suffix}"
             for route in routes
             for suffix, spec in route.tensors.items()
         }
         specs = [spec for route in routes for spec in route.tensors.values()]
+        rows = model.mixprec_rows
+        if model.mixprec_asked:  # a reload, which is to read what the sources hold by now
+            now = as_files_are(specs)
+            specs = list(now.values())
+            rows = {now[spec]: part for spec, part in rows.items()}
+        model.mixprec_asked = True
+        return self._read(routes, names, specs, rows)
+
+    def _read(
+        self,
+        routes: list[Route],
+        names: dict[tuple[Path, str], str],
+        specs: list[TensorSpec],
+        rows: dict[TensorSpec, range],
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for line in summarise(routes):
             logger.info("%s", line)
         fetch(spec.file for spec in specs)
