@@ -218,13 +218,9 @@ MIXTRAL_PARTS = (
 )
 FUSED_QKV = r"self_attn\.[qk]_proj$|experts\.2\.(gate_proj|up_proj|w1|w3)$"
 FUSED_QKV_A = r"\.(q_a_proj|kv_a_proj_with_mqa|wk)$"
-# Two key-value heads of 32 are half a block high: FP8 blocks cannot be laid one after the other.
-SEAM = r"layers\.1\.self_attn\.[qkv]_proj$"
 
 
-def _mixes_of_qkv(
-    model: str, layers: Iterable[tuple[str, str]], seam: str | None = None
-) -> Iterable[ArchitectureMix]:
+def _mixes_of_qkv(model: str, layers: Iterable[tuple[str, str]]) -> Iterable[ArchitectureMix]:
     """Mixes of a model whose attention is q_proj, k_proj and v_proj, and its experts in mlp."""
     yield _mix(
         model,
@@ -234,7 +230,7 @@ def _mixes_of_qkv(
         widened=FUSED_QKV,
     )
     choose = _layers if model == "olmoe" else _layers_and_shared
-    yield _mix(model, "layers", layers, choose, widened=seam)
+    yield _mix(model, "layers", layers, choose)
 
 
 ARCHITECTURE_MIXES = [
@@ -308,7 +304,6 @@ ARCHITECTURE_MIXES = [
             ("model.layers.1.block_sparse_moe.experts.*.{w1,w2,w3}", "int4"),
         ),
         _layers,
-        widened=SEAM,
     ),
     _mix("olmoe", "experts", FOUR_EXPERTS, _four_experts),
     *_mixes_of_qkv(
@@ -325,6 +320,6 @@ ARCHITECTURE_MIXES = [
         (("model.layers.1.mlp.experts.0", "int4"), ("**.mlp.experts.{0,1}", "fp8")),
         _four_experts_and_prediction(1),
     ),
-    *_mixes_of_qkv("glm4_moe", (*LAYERS, *SHARED), seam=SEAM),
+    *_mixes_of_qkv("glm4_moe", (*LAYERS, *SHARED)),
 ]
 BY_NAME = {mix.name: mix for mix in ARCHITECTURE_MIXES}
