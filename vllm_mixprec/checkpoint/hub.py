@@ -8,6 +8,7 @@ name tells repository and commit, so that a shard's path is all that is needed t
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +141,7 @@ def _keep_absent(folder: Path) -> bool:
         Whether the model has safetensors at all.
     """
     shards = _shards(folder)
-    if all((folder / shard).exists() for shard in shards):
+    if all(os.path.exists(folder / shard) for shard in shards):
         return bool(shards)
     if shards <= kept_headers(folder).keys():
         return True

@@ -72,7 +72,8 @@ class Shards:
 
     def has(self, shard: str) -> bool:
         """Whether a shard's header can be had."""
-        return shard in self._kept or (self._path / shard).exists()
+        # os.path.exists, which says no to what is no path at all.
+        return shard in self._kept or os.path.exists(self._path / shard)
 
     def headers(self, shards: Sequence[str]) -> Iterator[RawHeader]:
         """Yield the header of each shard, read in threads.
