@@ -56,6 +56,15 @@ def compare_configs(
 ) -> list[str]:
     """Report sources whose config.json describes another model than the base's; return them."""
     base = checkpoints[plan.base]
+    if "architectures" in base.config and not base.config["architectures"]:
+        log.add(
+            "error",
+            "architecture-mismatch",
+            str(base.path / "config.json"),
+            f"architectures is {base.config['architectures']!r}, expected the name of the model's "
+            "class: vLLM would serve another one. Download the file again.",
+            noun="sources",
+        )
     foreign = []
     for name, checkpoint in checkpoints.items():
         if name == plan.base:
