@@ -2,7 +2,7 @@
 """Which part of the model a module is, told from its name."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from vllm_mixprec.routing.fused import leaf_name
 
@@ -16,15 +16,7 @@ Kind = Literal[
     "other",
 ]
 
-KINDS: tuple[Kind, ...] = (
-    "attention",
-    "dense_mlp",
-    "shared_experts",
-    "routed_experts",
-    "router",
-    "embeddings",
-    "other",
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 KIND_LABELS: dict[Kind, str] = {
     "attention": "attention",
