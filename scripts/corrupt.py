@@ -337,7 +337,7 @@ def _digest_what_is_loaded() -> dict[str, Any]:
 
 def _change_while_loading(damage: Kind, folder: Path) -> None:
     """Damage the files right before the loader opens the first, or after its third read."""
-    from vllm_mixprec.loading import stream
+    from vllm_mixprec.checkpoint import stream
 
     change = functools.partial(damage.damage, random.Random(0), folder, 0)
     if damage.moment == "load":

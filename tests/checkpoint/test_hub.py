@@ -151,7 +151,7 @@ def test_rank_downloads_what_it_reads(models: Path, tmp_path: Path) -> None:
 table = load_route_table(plan('bf16', ('**.experts', 'fp8')), platform=CPU)
 specs = list(table.routes['lm_head'].tensors.values())
 hub.fetch(spec.file for spec in specs)
-from vllm_mixprec.loading.stream import read_tensors
+from vllm_mixprec.checkpoint.stream import read_tensors
 [(spec, tensor)] = read_tensors(specs)
 print(json.dumps([spec.name, list(tensor.shape), float(tensor.float().abs().sum())]))
 """

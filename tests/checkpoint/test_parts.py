@@ -24,8 +24,8 @@ from tests.spellings import (
 )
 from vllm_mixprec.checkpoint import Checkpoint, Module, open_checkpoint
 from vllm_mixprec.checkpoint.dequantize import dequantize
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
-from vllm_mixprec.loading.stream import read_tensors
 
 ATTENTION = "model.layers.0.self_attn"
 EXPERTS = "model.layers.0.mlp.experts"
@@ -309,7 +309,7 @@ def test_what_is_unknown_beside_experts_is_not_lost(tmp_path: Path) -> None:
 def test_columns_of_one_tensor_are_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_mixprec.loading import stream
+    from vllm_mixprec.checkpoint import stream
 
     read = []
     real = stream.os.preadv

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from vllm_mixprec import Plan, compose
 from vllm_mixprec.checkpoint import open_checkpoint
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.checkpoint.torch_file import read_torch_header
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
-from vllm_mixprec.loading.stream import read_tensors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "random-moe"
 DTYPES = (

@@ -27,9 +27,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tests.loading.indexers import FIXTURES
 from vllm_mixprec import Plan, compose
 from vllm_mixprec.checkpoint import open_checkpoint
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.loader import MixPrecLoader, rank_routes
-from vllm_mixprec.loading.stream import read_tensors
 from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import Layout, Route, RouteTable, load_route_table
 

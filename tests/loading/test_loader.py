@@ -9,10 +9,10 @@ import torch
 from vllm.config import LoadConfig, VllmConfig
 
 from tests.routing.models import CPU, make_plan
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import PlanError, RouteError
 from vllm_mixprec.loading.intake import check_order, check_zeros
 from vllm_mixprec.loading.loader import MixPrecLoader, summarise
-from vllm_mixprec.loading.stream import read_tensors
 from vllm_mixprec.routing import load_route_table
 
 MODULE = "model.layers.0.mlp.experts.0.gate_proj"

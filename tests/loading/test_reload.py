@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_mixprec.checkpoint import read_header
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import CheckpointError
 from vllm_mixprec.loading.reload import as_files_are
-from vllm_mixprec.loading.stream import read_tensors
 
 
 def write(file, **tensors):

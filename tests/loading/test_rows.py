@@ -15,9 +15,9 @@ from tests.loading.serving import needs_cpu
 from tests.routing.headers import DEEPSEEK_V3, glm_header, gptq_experts, write_checkpoint
 from tests.routing.models import CPU, make_plan
 from vllm_mixprec import compose
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.composition import PLAN_FILE
 from vllm_mixprec.loading.rows import rank_rows
-from vllm_mixprec.loading.stream import read_tensors
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Layout, RouteTable, load_route_table
 from vllm_mixprec.routing.parallel import Placement

@@ -19,7 +19,7 @@ from tests.routing.headers import GLM_5, TINY_GLM, glm_header, write_checkpoint
 from tests.routing.models import CPU
 from vllm_mixprec import compose
 from vllm_mixprec.checkpoint import TensorSpec
-from vllm_mixprec.loading.stream import read_tensors
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Layout, Route, RouteTable, load_route_table
 from vllm_mixprec.routing.parallel import Placement

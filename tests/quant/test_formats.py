@@ -26,7 +26,7 @@ from tests.quant.test_cpu_ops import expected_output, relative_error
 from vllm_mixprec import Plan
 from vllm_mixprec.checkpoint.dequantize import relayout
 from vllm_mixprec.checkpoint.formats import FORMATS
-from vllm_mixprec.loading.stream import read_tensors
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.quant.methods import linear_method
 from vllm_mixprec.routing import Platform, RouteTable, missing_kernel
 from vllm_mixprec.routing.kernels import detect_platform

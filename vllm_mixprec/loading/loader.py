@@ -20,12 +20,12 @@ from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 from vllm_mixprec.checkpoint import TensorSpec
 from vllm_mixprec.checkpoint.hub import fetch
 from vllm_mixprec.checkpoint.spelling import class_name
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.loading.reload import as_files_are
 from vllm_mixprec.loading.rows import rank_rows
-from vllm_mixprec.loading.stream import read_tensors
 from vllm_mixprec.models import PREPARE
 from vllm_mixprec.patches import apply_patches
 from vllm_mixprec.quant.config import LOAD_FORMAT, MixPrecConfig

@@ -12,7 +12,7 @@ from vllm_mixprec.checkpoint.dequantize import dequantize
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.checkpoint.formats.fp8 import SCALE_SUFFIXES
 from vllm_mixprec.checkpoint.header import TensorSpec
-from vllm_mixprec.loading.stream import read_tensors
+from vllm_mixprec.checkpoint.stream import read_tensors
 
 ORDERS = ("g_idx", "weight_g_idx")
 SCALES = (*SCALE_SUFFIXES, "scales")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from vllm_mixprec.checkpoint.buffers import READ_BYTES
 from vllm_mixprec.checkpoint.files import reopen
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.errors import CheckpointError
-from vllm_mixprec.loading.buffers import READ_BYTES
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -32,7 +32,7 @@ DTYPES = {
 _THREADS = 4
 
 
-class StoredTensor(torch.Tensor):
+class StoredTensor(torch.Tensor):  # type: ignore[misc]
     """Stands for a tensor in a file, or for some of its rows, to code that expects a tensor.
 
     vLLM's weight loaders take whole tensors and narrow them to what their tensor-parallel rank
@@ -58,7 +58,9 @@ class StoredTensor(torch.Tensor):
     ) -> "StoredTensor":
         rows = range(spec.shape[0]) if rows is None else rows
         shape = (len(rows), *spec.shape[1:])
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=DTYPES[spec.dtype])
+        made: StoredTensor = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=DTYPES[spec.dtype]
+        )
         made.spec, made.rows, made.ahead = spec, rows, ahead
         return made
 
@@ -70,7 +72,9 @@ class StoredTensor(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.slice.Tensor:
-            stored, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+            given = dict(zip(("stored", "dim", "start", "stop", "step"), args, strict=False))
+            stored, dim, step = args[0], given.get("dim", 0), given.get("step", 1)
+            start, stop = given.get("start"), given.get("stop")
             if dim in (0, -stored.dim()) and step == 1:
                 return cls(stored.spec, stored.rows[start:stop], stored.ahead)
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):

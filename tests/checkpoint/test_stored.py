@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vllm_mixprec.checkpoint import stored, stream
+from vllm_mixprec.checkpoint.buffers import READ_BYTES, Buffers
 from vllm_mixprec.checkpoint.header import TensorSpec, read_header
+from vllm_mixprec.checkpoint.stored import StoredTensor
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import CheckpointError
-from vllm_mixprec.loading import stored, stream
-from vllm_mixprec.loading.buffers import READ_BYTES, Buffers
-from vllm_mixprec.loading.stored import StoredTensor
-from vllm_mixprec.loading.stream import read_tensors
 
 ROWS, COLUMNS = 96, 40
 

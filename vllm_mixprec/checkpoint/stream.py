@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from vllm_mixprec.checkpoint.buffers import READ_BYTES, Buffers
 from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import TensorSpec, View
-from vllm_mixprec.loading.buffers import READ_BYTES, Buffers
-from vllm_mixprec.loading.stored import DTYPES, StoredTensor, read_into
+from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, read_into
 
 # Small neighbours share one read. Larger reads gain nothing on NVMe or page cache and cost memory.
 _AHEAD_BYTES = 32 << 20

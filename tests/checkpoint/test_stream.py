@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vllm_mixprec.checkpoint import stream
 from vllm_mixprec.checkpoint.header import read_header
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import CheckpointError
-from vllm_mixprec.loading import stream
-from vllm_mixprec.loading.stream import read_tensors
 
 
 @pytest.fixture
