@@ -28,6 +28,7 @@ setup(
             "pandas",
             "pre-commit",
             "pytest",
+            "pytest-xdist",
             "ruff==0.17.5",
             "selenium",
             "types-PyYAML",

@@ -13,12 +13,8 @@ export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy
-# One run, so that pytest's closing line counts everything; the engine tests, which take minutes, last.
-exec .venv/bin/python -c '
-import sys, pytest
-
-class EngineTestsLast:
-    def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
-
-sys.exit(pytest.main(sys.argv[1:], plugins=[EngineTestsLast()]))' "$@"
+# A file's tests share models and engines, so a file stays with one worker. Engines of both share the
+# two cores that the suite is made for; on a GPU they would share its memory.
+workers=2
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then workers=0; fi
+exec .venv/bin/pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -3,6 +3,8 @@
 
 import os
 
+import pytest
+
 
 def pytest_runtest_setup() -> None:
     """Take back what vLLM leaves in the environment, before the test's fixtures are made.
@@ -11,3 +13,8 @@ def pytest_runtest_setup() -> None:
     such as an engine of another model, silently compiles nothing.
     """
     os.environ.pop("VLLM_USE_BREAKABLE_CUDAGRAPH", None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests with an engine, which take minutes, last."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
