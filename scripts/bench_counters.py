@@ -2,6 +2,7 @@
 """Measure what expert statistics cost a real engine, side by side with one that keeps none.
 
     python scripts/bench_counters.py              # decode at batch 1, 8 and 64, 15 pairs
+    python scripts/bench_counters.py --small      # the same for layers that take a tenth as long
     python scripts/bench_counters.py --latency    # 99th percentile between tokens, while scraped
     python scripts/bench_counters.py --scrapers   # decode under 200 scrapers and a client that
                                                   # never reads
@@ -11,6 +12,11 @@ in VLLM_MIXPREC_EXPERT_METRICS alone and read the same weights. They take turns 
 A B B A, and a ratio is formed within each pair of a few hundred milliseconds a side, so that what
 else the machine does hits both alike. Both get the same prompts and draw the same tokens. Every
 pair is measured in two processes, which start the engines in either order, and summed.
+
+Counting costs the same for every layer, so its proportion is a matter of the layers' size. The
+model has 4 layers of the size of Qwen3-30B-A3B's in BF16, and a small vocabulary, lest its head
+hide anything; with ``--small`` it has 12 layers that take a tenth of the time, as no served
+model's do.
 ``--control`` measures two engines without counters instead, which shows how far from 1 a ratio
 gets by chance.
 
@@ -46,6 +52,9 @@ MAX_MODEL_LEN = 1024
 _PROMPT = 16
 _MIN_STEPS = 8
 _KV_BYTES = 1 << 30
+_LARGE = Shape(
+    layers=4, experts=128, top_k=8, hidden=2048, inner=768, heads=32, kv_heads=4, head_dim=128
+)
 _VARIABLE = "VLLM_MIXPREC_EXPERT_METRICS"
 _PLUGINS = "mixprec,mixprec_metrics,mixprec_endpoints"
 
@@ -556,25 +565,30 @@ def main() -> None:
     parser.add_argument(
         "--every", type=float, default=5.0, help="seconds between a scraper's scrapes (default 5)"
     )
-    parser.add_argument("--quick", action="store_true", help="a model of two layers")
-    parser.add_argument("--models", type=Path, help="folder of the model (default runs/synthetic)")
+    parser.add_argument("--small", action="store_true", help="decode with small layers")
+    parser.add_argument("--quick", action="store_true", help="a model of two small layers")
+    parser.add_argument("--models", type=Path, help="folder of the model (default in runs)")
     parser.add_argument("--json", type=Path, help="default runs/bench_counters[_PART].json")
     options = parser.parse_args()
     options.logs = ROOT / "runs"
-    folder = options.models or (ROOT / "runs" / "synthetic-quick" if options.quick else DEFAULT)
-    shape = Shape(layers=2) if options.quick else Shape()
+    folder, shape = DEFAULT, Shape()
+    if options.quick:
+        folder, shape = ROOT / "runs" / "synthetic-quick", Shape(layers=2)
+    elif not (options.small or options.latency or options.scrapers):
+        folder, shape = ROOT / "runs" / "synthetic-large", _LARGE
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # As a user has it, whatever the caller's shell says.
     os.environ.pop("VLLM_PLUGINS", None)
 
-    model = write_models(folder, shape)["bf16"]
+    model = write_models(options.models or folder, shape, ("bf16",))["bf16"]
     if options.latency:
         name, result = "_latency", bench_latency(model, options)
     elif options.scrapers:
         name, result = "_scrapers", bench_scrapers(model, options)
     else:
-        name, result = "_control" * options.control, bench_decode(model, options)
+        name = "_small" * options.small + "_control" * options.control
+        result = bench_decode(model, options)
     machine = describe_machine()
     file = options.json or ROOT / "runs" / f"bench_counters{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
