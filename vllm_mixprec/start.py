@@ -7,7 +7,7 @@ from pathlib import Path
 from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 
-from vllm_mixprec.couplings import LOADING, find_unfit
+from vllm_mixprec.couplings import SERVING, find_unfit
 from vllm_mixprec.device import refuse_old_driver, refuse_too_little_memory
 from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.experts.collect import ENABLED_KEY
@@ -159,7 +159,7 @@ def _prepare_draft(
 
 def _refuse_unfit_vllm() -> None:
     """Refuse a vLLM that has moved what loading leans on, before it fails somewhere inside."""
-    unfit = find_unfit(usable_platform().family, LOADING)
+    unfit = find_unfit(usable_platform().family, SERVING)
     if unfit is not None:
         raise UnsupportedError(unfit)
 
