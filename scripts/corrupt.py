@@ -2,7 +2,7 @@
 """Damage checkpoints and plans in every way we could think of; count what then happens.
 
     python scripts/corrupt.py                 # some 750 checkpoints, 250 plans: five minutes
-    python scripts/corrupt.py --engine        # as many, and whole engines on some: eight minutes
+    python scripts/corrupt.py --engine        # a third of them, and whole engines: six minutes
     python scripts/corrupt.py --check-only    # no vLLM: what check refuses; two minutes
     python scripts/corrupt.py --quick         # so, and one or two cases of each kind: seconds
 
@@ -14,9 +14,9 @@ model class and loads it through our loader and its kernels' repacking. That is 
 to where the key-value cache is made. Files that are to change while they are read are changed from
 inside, before or amid the reads.
 
-With ``--engine`` instead one case of each kind that passes is composed, and ``LLM(DIRECTORY)``
-started on it and asked for tokens, also a process a case. There are more cases then: damage done
-after compose, to the sources, the links, and the files that compose wrote.
+With ``--engine`` up to eight cases of each kind are checked; the first that passes is composed, and
+``LLM(DIRECTORY)`` started on it and asked for tokens, also a process a case. There are more kinds
+then, started all: damage done after compose, to the sources, the links, and what compose wrote.
 
 Outcomes:
     refused           exit 1 with findings, or an error of ours; by check or, as told, at the start
@@ -67,6 +67,7 @@ from corruption.processes import run_forked
 from corruption.starts import check_case, serve_case, start_case, warm_vllm
 
 _SAMPLE = 40
+_QUICK_CASES, _ENGINE_CASES, _ALL = 2, 8, 10**9  # a kind
 _ENGINE_LIMIT_S = 60
 
 
@@ -175,7 +176,8 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="mixprec-corrupt-"))
     try:
         write_sound(work)
-        cases = make_cases(work, arguments.seed, arguments.quick)
+        most = _QUICK_CASES if arguments.quick else _ENGINE_CASES if arguments.engine else _ALL
+        cases = make_cases(work, arguments.seed, most)
         if arguments.engine:
             cases += make_composed_cases(work, arguments.seed)
         cases = [case for case in cases if re.search(arguments.only, case.kind)]

@@ -24,9 +24,7 @@ def test_some_damage_of_every_kind_is_refused() -> None:
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     report = json.loads(run.stdout)
     assert report["defects"] == 0 and len(report["cases"]) >= 50
-    assert {case["outcome"] for case in report["cases"]} == {"refused", "harmless"}
-    harmless = {case["kind"] for case in report["cases"] if case["outcome"] == "harmless"}
-    assert harmless == {"replaced by itself in check"}
+    assert all(case["outcome"] == "refused" for case in report["cases"])
 
 
 def test_a_crash_a_hang_and_an_allocation_are_told() -> None:

@@ -22,7 +22,6 @@ ALLOC_BYTES = 256 << 20
 DEFECTS = ("CRASH", "HANG", "ALLOC", "WRONG")
 OUTCOMES = ("refused", "refused by vLLM", "harmless", "reported", "another plan", "untellable")
 _LONG_AGO_S = 1_600_000_000
-_QUICK_CASES = 2
 
 
 @dataclass
@@ -49,8 +48,8 @@ class Case:
         return "" if self.damage is None else self.damage.moment
 
 
-def make_cases(work: Path, seed: int, quick: bool) -> list[Case]:
-    """List every case but those of composed directories; models are written one at a time."""
+def make_cases(work: Path, seed: int, most: int) -> list[Case]:
+    """List the cases, at most so many a kind; the models themselves are written one at a time."""
 
     def plan(edit: Any, name: str, number: int, folder: Path) -> None:
         link_sound(work, folder)
@@ -60,7 +59,7 @@ def make_cases(work: Path, seed: int, quick: bool) -> list[Case]:
         (folder / "loop").symlink_to("loop")
 
     def chosen(cases: int) -> range:
-        return range(0, cases, max(1, -(-cases // _QUICK_CASES))) if quick else range(cases)
+        return range(0, cases, -(-cases // most))
 
     cases = _of_kinds((*HEADER_KINDS, *FILE_KINDS), work, seed, chosen)
     return cases + [
