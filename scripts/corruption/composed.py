@@ -22,14 +22,10 @@ from corruption.kinds import (
     put,
 )
 
+REPLACED = "a whole model in another's place; without checksums nothing tells"
+
 COMPOSED_KINDS: list[Kind] = [
-    Kind(
-        f"{what} after compose",
-        1,
-        damage,
-        "a whole model in another's place; without checksums nothing tells" * ("another" in what),
-        moment="composed",
-    )
+    Kind(f"{what} after compose", 1, damage, REPLACED if "another" in what else "", "composed")
     for what, damage in changes()
 ]
 kind = adding_to(COMPOSED_KINDS)
