@@ -7,6 +7,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, TypeAdapter
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -27,16 +30,23 @@ def test_some_damage_of_every_kind_is_refused() -> None:
     assert all(case["outcome"] == "refused" for case in report["cases"])
 
 
+def crash(value: None = None) -> dict:
+    from vllm_mixprec.checkpoint.bounded_json import parse_json
+
+    return parse_json(b"[")
+
+
+def crash_in_a_config() -> dict:
+    """As the start's hook is called, whose ValueError is pydantic's then."""
+    return TypeAdapter(Annotated[None, AfterValidator(crash)]).validate_python(None)
+
+
 def test_a_crash_a_hang_and_an_allocation_are_told() -> None:
-    def crash() -> dict:
-        from vllm_mixprec.checkpoint.bounded_json import parse_json
-
-        return parse_json(None)
-
     def allocate() -> dict:
         return {"bytes": len(b"x" * (cases.ALLOC_BYTES + (16 << 20)))}
 
     assert processes.run_forked(crash)["befell"] == "CRASH"
+    assert processes.run_forked(crash_in_a_config)["befell"] == "CRASH"
     assert processes.run_forked(functools.partial(time.sleep, 9), limit_s=0.5)["befell"] == "HANG"
     assert processes.run_forked(allocate)["growth_bytes"] > cases.ALLOC_BYTES
 

@@ -76,8 +76,14 @@ def _status_bytes(key: str) -> int:
 
 def _describe(error: BaseException) -> dict[str, Any]:
     """Tell an error of ours, and one that our code raised without meaning to, from vLLM's."""
+    from pydantic import ValidationError
+
     from vllm_mixprec.errors import MixPrecError
 
+    if isinstance(error, ValidationError):  # of a config of vLLM's, which calls us as it is made
+        for problem in error.errors():
+            if isinstance(within := problem.get("ctx", {}).get("error"), Exception):
+                return _describe(within)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MixPrecError):
