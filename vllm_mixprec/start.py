@@ -7,7 +7,7 @@ from pathlib import Path
 from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 
-from vllm_mixprec.couplings import LOADING, find_unfit
+from vllm_mixprec.couplings import SERVING, find_unfit
 from vllm_mixprec.device import refuse_old_driver, refuse_too_little_memory
 from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.experts.collect import ENABLED_KEY
@@ -63,6 +63,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     _refuse_parallelism(vllm_config)
     refuse_old_driver()
     plan = Plan.from_yaml(path)
+    _refuse_changed_plan(plan, model_config)
     layout = layout_of(vllm_config)
     report = check(
         plan,
@@ -157,9 +158,25 @@ def _prepare_draft(
         speculative.draft_load_config = replace(load_config, load_format="auto")
 
 
+def _refuse_changed_plan(plan: Plan, model_config: ModelConfig) -> None:
+    """Refuse the plan of a composed directory that is not the one compose wrote there.
+
+    A plan that was cut short between two rules is a plan, too.
+    """
+    if getattr(model_config.hf_config, OVERRIDE_KEY, None) is not None:
+        return
+    composed = model_config.hf_config.quantization_config.get("plan_sha256")
+    if composed not in (None, plan.sha256):
+        raise PlanError(
+            f"{plan.path}: SHA-256 of its content is {plan.sha256}, expected {composed}, which "
+            "config.json has of the plan that was composed: it was edited or cut short. Compose "
+            "the directory again"
+        )
+
+
 def _refuse_unfit_vllm() -> None:
     """Refuse a vLLM that has moved what loading leans on, before it fails somewhere inside."""
-    unfit = find_unfit(usable_platform().family, LOADING)
+    unfit = find_unfit(usable_platform().family, SERVING)
     if unfit is not None:
         raise UnsupportedError(unfit)
 

@@ -87,6 +87,15 @@ def test_header_of_a_shard_that_was_never_here_stands_for_it(kept: Path) -> None
     assert open_checkpoint(kept).problems == ()
 
 
+def test_header_that_was_changed_is_an_error(kept: Path) -> None:
+    """Be it to one as sound: here the names of two tensors of one shape are exchanged."""
+    file, raw = kept / HEADERS_FILE, (kept / HEADERS_FILE).read_bytes()
+    one, other = b"experts.6.gate_proj", b"experts.7.gate_proj"
+    file.write_bytes(raw.replace(one, b"#").replace(other, one).replace(b"#", other))
+    with pytest.raises(CheckpointError, match=rf"the header of {SHARDS[0]} was changed"):
+        open_checkpoint(kept)
+
+
 @pytest.mark.parametrize("keep_bytes", [10, 300])
 def test_damaged_file_is_an_error(kept: Path, keep_bytes: int) -> None:
     os.truncate(kept / HEADERS_FILE, keep_bytes)

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,12 +131,18 @@ def run(job: dict, options: dict) -> dict:
         }
 
 
-def main() -> None:
+def run_jobs(run_one: Callable[[dict, dict], dict]) -> None:
+    """Run every job of the file that the command line names first, and write the other.
+
+    Args:
+        run_one: called with a job and the engine options of all; what it raises is its result.
+    """
     work = json.loads(Path(sys.argv[1]).read_text())
     results = {}
     for job in work["jobs"]:
+        print(f"== {job['name']}", flush=True)
         try:
-            results[job["name"]] = run(job, work["engine"])
+            results[job["name"]] = run_one(job, work["engine"])
         except Exception as error:
             traceback.print_exc()
             results[job["name"]] = {"error": f"{type(error).__name__}: {error}"}
@@ -144,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_jobs(run)

@@ -5,16 +5,15 @@ All layouts of two ranks run in one pair of processes (:func:`tests.engine.harne
 "tp2-ep-mp" has worker processes of vLLM's own. docs/layouts.md is the table of it.
 """
 
-import shutil
 from functools import cache
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import expected, prompts, reference_weights
+from tests.engine.damage import DAMAGES, write_damaged
 from tests.engine.harness import EAGER, compose_plan, run_engines, run_ranks
-from tests.engine.mixes import MIXES, ODD_GROUPS, SOURCES, expert, layer
+from tests.engine.mixes import MIXES, ODD_GROUPS, expert, layer
 
 pytestmark = pytest.mark.engine
 
@@ -219,27 +218,11 @@ def test_whole_experts_are_not_widened(results, layout):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """Serve two mixes over copies of a source in which one thing is wrong each."""
+    """Serve a mix over copies of a source in which one thing is wrong each."""
     folder = tmp_path_factory.mktemp("damaged")
     mix = BY_NAME["two-groups"]
-    prefix = "model.layers.1.mlp.experts"
-
-    def halve(tensors):
-        for number in range(5):
-            tensors[f"{prefix}.{number}.down_proj.weight_scale_inv"] /= 2
-
-    def shift(tensors):
-        for name in [name for name in tensors if name.startswith(f"{prefix}.0.")]:
-            other = name.replace(".experts.0.", ".experts.1.")
-            tensors[name], tensors[other] = tensors[other], tensors[name]
-
     work = []
-    for name, damage in (("halved-scale", halve), ("shifted-expert", shift)):
-        source = folder / name / "fp8"
-        shutil.copytree(SOURCES["random"]["fp8"], source)
-        tensors = load_file(source / "model.safetensors")
-        damage(tensors)
-        save_file(tensors, source / "model.safetensors")
+    for name, source in write_damaged(folder).items():
         plan = mix.plan()
         plan["sources"]["fp8"]["path"] = str(source)
         mixed = compose_plan(folder / name / "mixed", plan)
@@ -247,7 +230,7 @@ def damaged(tmp_path_factory):
     return run_engines(folder, work, **EAGER)
 
 
-@pytest.mark.parametrize("damage", ["halved-scale", "shifted-expert"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_source_is_noticed(damaged, damage):
     """Negative control: the engine serves it, and the comparison above fails."""
     mix = BY_NAME["two-groups"]

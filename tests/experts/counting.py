@@ -3,22 +3,18 @@
 
 python -m tests.experts.counting JOBS.json OUT.json
 
-JOBS: name -> {"model", "options": {LLM options}, "scenarios": [names of functions below]}. OUT: for
-each name and scenario what the counters say of it, next to two things that the counters know
-nothing of: the tokens that the scheduler handed to the workers, and the sequences that went through
-the model. An engine that failed has {"error": "..."}.
+JOBS: {"engine": {LLM options}, "jobs": [{"name", "model", "options": {more}, "scenarios": [names of
+functions below], "environment": {variables}}]}. OUT: for each name and scenario what the counters
+say of it, next to two things that the counters know nothing of: the tokens that the scheduler
+handed to the workers, and the sequences that went through the model. An engine that failed has
+{"error": "..."}.
 """
-
-import json
-import sys
-import traceback
-from pathlib import Path
 
 import numpy as np
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
-from tests.engine.runner import engine
+from tests.engine.runner import engine, run_jobs
 from vllm_mixprec import ExpertSnapshot, expert_stats
 
 VOCABULARY = 64  # the least that a model of the tests has
@@ -115,10 +111,11 @@ def as_dict(snapshot: ExpertSnapshot) -> dict:
     }
 
 
-def run(job: dict) -> dict:
-    with engine(job["model"], job["options"]) as llm:
+def run(job: dict, options: dict) -> dict:
+    options = options | job["options"]
+    with engine(job["model"], options, job.get("environment")) as llm:
         mode = llm.llm_engine.vllm_config.compilation_config.mode
-        assert bool(mode) != job["options"].get("enforce_eager", False), f"compilation mode {mode}"
+        assert bool(mode) != options.get("enforce_eager", False), f"compilation mode {mode}"
         at_start = expert_stats(llm)
         assert at_start.tokens == 0 and not at_start.counts.any(), "warm-up was counted"
         llm.collective_rpc(watch_scheduler)
@@ -131,22 +128,11 @@ def run(job: dict) -> dict:
                 "sequences": sequences,
                 "scheduled": [now - then for now, then in zip(after, scheduled, strict=True)],
             }
-        if not job["options"]["disable_log_stats"]:
+        if not options["disable_log_stats"]:
             metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
             results["preemptions"] = metrics["vllm:num_preemptions"]
         return results
 
 
-def main() -> None:
-    results = {}
-    for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
-        try:
-            results[name] = run(job)
-        except Exception as error:
-            traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-        Path(sys.argv[2]).write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(run)

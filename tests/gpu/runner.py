@@ -9,12 +9,7 @@ more tokens that decode chose, and what the worker says of itself, or {"error": 
 "routed" is continued only: which experts were counted, and which vLLM returned.
 """
 
-import gc
-import json
-import os
-import sys
-import traceback
-from pathlib import Path
+from tests.engine.runner import engine, log_probs, run_jobs
 
 NEW_TOKENS = 16
 
@@ -83,17 +78,9 @@ def routed(llm, prompts: list) -> dict:
 
 
 def run(job: dict, options: dict) -> dict:
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.inputs import TokensPrompt
 
-    from tests.engine.runner import log_probs
-
-    environment = os.environ.copy()  # vLLM sets variables that would outlast the job
-    os.environ |= job.get("environment", {})
-    llm = None
-    try:
-        llm = LLM(job["model"], **options | job.get("options", {}))
+    with engine(job["model"], options | job.get("options", {}), job.get("environment")) as llm:
         prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in job["prompts"]]
         if job.get("routed"):
             return routed(llm, prompts)
@@ -101,28 +88,7 @@ def run(job: dict, options: dict) -> dict:
         result["decoded"] = decoded(llm, prompts)
         (result["facts"],) = llm.collective_rpc(facts)
         return result
-    finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        os.environ.clear()
-        os.environ |= environment
-
-
-def main() -> None:
-    work = json.loads(Path(sys.argv[1]).read_text())
-    results = {}
-    for job in work["jobs"]:
-        print(f"== {job['name']}", flush=True)
-        try:
-            results[job["name"]] = run(job, work["engine"])
-        except Exception as error:
-            traceback.print_exc()
-            results[job["name"]] = {"error": f"{type(error).__name__}: {error}"}
-        Path(sys.argv[2]).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main()
+    run_jobs(run)

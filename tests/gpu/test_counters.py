@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.engine.mixes import MIXES, SOURCES
+from tests.experts.exactness import TRAFFIC, check_preempted, check_sums
 from tests.gpu.serving import KERNEL_VARIABLE, OPTIONS, compose_mix, run_module
 
 pytestmark = pytest.mark.engine
 
-TRAFFIC = ["nothing", "plain", "cached_prefix", "sampled_in_parallel", "aborted"]
 # The scenarios of tests.experts.counting reckon with blocks of 128 tokens.
 COUNTED = {key: value for key, value in OPTIONS.items() if key != "kv_cache_memory_bytes"} | {
     "enable_prefix_caching": True,
@@ -56,11 +56,11 @@ def results(tmp_path_factory):
         if layout not in ran:
             model, options, kernel, scenarios = LAYOUTS[layout]
             folder = tmp_path_factory.mktemp("counting")
-            path = model_path(model, folder)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(KERNEL_VARIABLE, kernel)
-                job = {"model": str(path), "options": COUNTED | options, "scenarios": scenarios}
-                ran[layout] = run_module("tests.experts.counting", folder, job)
+            job = {"name": layout, "model": str(model_path(model, folder)), "options": options}
+            job |= {"scenarios": scenarios, "environment": {KERNEL_VARIABLE: kernel}}
+            work = {"engine": COUNTED, "jobs": [job]}
+            ran.update(run_module("tests.experts.counting", folder, work))
+        assert "error" not in ran[layout], ran[layout]["error"]
         return ran[layout]
 
     return run
@@ -68,12 +68,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize(("layout", "scenario"), CASES)
 def test_every_layer_counts_every_token_that_was_scheduled(results, layout, scenario):
-    result = results(layout)[scenario]
-    (scheduled,) = set(result["scheduled"])
-    assert scheduled > 0 or scenario == "nothing"
-    assert result["tokens"] == scheduled
-    sums = np.array(result["counts"]).sum(axis=1)
-    assert sums.tolist() == [scheduled * result["top_k"]] * len(result["layers"])
+    check_sums(results(layout)[scenario], scenario)
 
 
 @pytest.mark.parametrize("layout", ["graphs", "mixed, one launch"])
@@ -91,5 +86,4 @@ def test_each_expert_is_counted_as_vllm_returns_it(layout, tmp_path):
 
 
 def test_a_preempted_request_is_counted_for_what_it_computes_anew(results):
-    assert results("preempting")["preemptions"] > 0
-    assert results("preempting")["preempted"]["tokens"] > 100 + 101 + 102 + 103 + 4 * 59
+    check_preempted(results("preempting"))

@@ -5,12 +5,10 @@ Each mix is served group by group and in one launch. Prompts are one batch that 
 tokens after them are decoded; both are compared, with transformers' on dequantised weights.
 """
 
-import shutil
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from tests.engine.damage import DAMAGES, write_damaged
 from tests.engine.mixes import MIXES, SOURCES, Mix
 from tests.gpu.runner import NEW_TOKENS
 from tests.gpu.serving import CAPTURED, KERNEL_VARIABLE, OPTIONS, compose_mix, run_module
@@ -103,31 +101,15 @@ def damaged(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("damaged")
     mix = BY_NAME["two-groups"]
-    prefix = "model.layers.1.mlp.experts"
-
-    def halve(tensors):
-        for expert in range(5):
-            tensors[f"{prefix}.{expert}.down_proj.weight_scale_inv"] /= 2
-
-    def shift(tensors):
-        for name in [name for name in tensors if name.startswith(f"{prefix}.0.")]:
-            other = name.replace(".experts.0.", ".experts.1.")
-            tensors[name], tensors[other] = tensors[other], tensors[name]
-
     jobs = []
-    for name, damage in (("halved-scale", halve), ("shifted-expert", shift)):
-        source = folder / name / "fp8"
-        shutil.copytree(SOURCES["random"]["fp8"], source)
-        tensors = load_file(source / "model.safetensors")
-        damage(tensors)
-        save_file(tensors, source / "model.safetensors")
+    for name, source in write_damaged(folder).items():
         mixed = compose_mix(folder / name / "mixed", mix, fp8=source)
         jobs.append({"name": name, "model": str(mixed), "prompts": prompts(mix.model)})
     options = OPTIONS | {"enforce_eager": True}
     return run_module("tests.gpu.runner", folder, {"engine": options, "jobs": jobs})
 
 
-@pytest.mark.parametrize("damage", ["halved-scale", "shifted-expert"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_source_is_noticed(damaged, damage):
     """Negative control: the engine serves it, and the comparison above fails."""
     assert "error" not in damaged[damage], damaged[damage]["error"]

@@ -7,69 +7,59 @@ reference quantiser makes the codes and packs them, and auto-round wrote those o
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    awq_pack,
-    gptq_pack,
-    pack_cols,
-    quantize_weights,
     unpack_quantized_values_into_int32,
 )
-from vllm.scalar_type import ScalarType, scalar_types
+from vllm.scalar_type import scalar_types
 
-from tests.checkpoint.formats.compressed import compress, config_of
 from tests.checkpoint.formats.stored import Tensors, define_fp8
-from tests.checkpoint.formats.test_fp8 import pack_exponents, quantize
+from tests.checkpoint.formats.test_fp8 import pack_exponents
+from tests.checkpoint.formats.tools import (
+    CASES,
+    FLOAT,
+    FP8,
+    Store,
+    Stored,
+    compressed,
+    fp8,
+    gptq,
+    make_weight,
+    plain_fp8,
+)
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-PACK = "pack-quantized"
-FP8 = {"num_bits": 8, "type": "float"}
-INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 Shape = tuple[int, int]
+Make = Callable[[Shape], Stored]
+"""Stores a random weight of a shape (N, K)."""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One weight (N, K).
-
-    Attributes:
-        tensors: suffix -> tensor, as in the file.
-        weight: what the tool reads back.
-        config: the ``quantization_config`` of the checkpoint.
-    """
-
-    tensors: Tensors
-    weight: torch.Tensor
-    config: dict[str, Any] | None
+def of(store: Store) -> Make:
+    return lambda shape: store(make_weight(*shape, seed=7))
 
 
-def plain(dtype: torch.dtype) -> Callable[[Shape], Stored]:
-    def store(shape: Shape) -> Stored:
-        weight = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(dtype)
-        return Stored({"weight": weight}, weight, None)
+def plain(dtype: torch.dtype) -> Store:
+    def store(weight: torch.Tensor) -> Stored:
+        return Stored({"weight": weight.to(dtype)}, weight.to(dtype), None)
 
     return store
 
 
-def blocks(
-    block: Shape,
-    scale_fmt: str = "float",
-    suffix: str = "weight_scale_inv",
-    change: Callable[[torch.Tensor], torch.Tensor] = lambda scale: scale,
-) -> Callable[[Shape], Stored]:
-    """FP8 of transformers, its scales under another name or in another form of the same numbers."""
+def renamed(store: Store, suffix: str, shape_of_scale: tuple[int, ...] | None = None) -> Store:
+    """FP8 with its scales under another name, or in another shape of as many numbers."""
 
-    def store(shape: Shape) -> Stored:
-        tensors, weight = quantize(shape, block, scale_fmt)
-        tensors[suffix] = change(tensors.pop("weight_scale_inv"))
-        return Stored(tensors, weight, {"quant_method": "fp8", "weight_block_size": list(block)})
+    def rename(weight: torch.Tensor) -> Stored:
+        made = store(weight)
+        tensors = dict(made.tensors)
+        (found,) = tensors.keys() - {"weight"}
+        scale = tensors.pop(found)
+        tensors[suffix] = scale if shape_of_scale is None else scale.reshape(shape_of_scale)
+        return Stored(tensors, made.weight, made.config)
 
-    return store
+    return rename
 
 
 def uneven_blocks(shape: Shape) -> Stored:
@@ -84,95 +74,16 @@ def uneven_blocks(shape: Shape) -> Stored:
     return Stored({"weight": weight, "weight_scale_inv": scale}, expected, config)
 
 
-def whole(
-    strategy: str, shape_of_scale: tuple[int, ...], suffix: str = "weight_scale"
-) -> Callable[[Shape], Stored]:
-    """FP8 of compressed-tensors with a scale a channel or a tensor, in a plain FP8 checkpoint."""
-
-    def store(shape: Shape) -> Stored:
-        tensors, read, _ = compress("float-quantized", shape, FP8 | {"strategy": strategy})
-        tensors[suffix] = tensors.pop("weight_scale").reshape(shape_of_scale)
-        return Stored(tensors, read["weight"], {"quant_method": "fp8"})
-
-    return store
+def pack(scale: torch.Tensor) -> torch.Tensor:
+    return pack_exponents(scale.float())
 
 
-def with_input_scale(shape: Shape) -> Stored:
-    made = whole("tensor", ())(shape)
+def with_input_scale(weight: torch.Tensor) -> Stored:
+    made = renamed(plain_fp8("tensor"), "weight_scale", ())(weight)
     return Stored(made.tensors | {"input_scale": torch.tensor(0.5)}, made.weight, made.config)
 
 
-def compressed(form: str, args: dict[str, Any], is_ordered: bool = False):
-    def store(shape: Shape) -> Stored:
-        order = None
-        if is_ordered:
-            groups = torch.arange(shape[1], dtype=torch.int32) // args["group_size"]
-            order = groups[torch.randperm(shape[1], generator=torch.Generator().manual_seed(6))]
-        tensors, read, scheme = compress(form, shape, args, g_idx=order)
-        return Stored(tensors, read["weight"], config_of(scheme, form=form))
-
-    return store
-
-
-def _codes(shape: Shape, kind: ScalarType, group_size: int) -> tuple[torch.Tensor, ...]:
-    """Quantise with vLLM: codes (K, N), float16 scales and zero points (K/g, N)."""
-    n, k = shape
-    weight = torch.randn(k, n, generator=torch.Generator().manual_seed(7))
-    has_zeros = not kind.has_bias()
-    _, codes, scales, zeros = quantize_weights(weight, kind, group_size, has_zeros)
-    if not has_zeros:
-        zeros = torch.full_like(scales, kind.bias, dtype=torch.int32)
-    return codes, scales.to(torch.float16), zeros
-
-
-def gptq(
-    kind: ScalarType, group_size: int, is_ordered: bool = False, layout: str = "gptq"
-) -> Callable[[Shape], Stored]:
-    def store(shape: Shape) -> Stored:
-        (n, k), bits = shape, kind.size_bits
-        codes, scales, zeros = _codes(shape, kind, group_size)
-        g_idx = torch.arange(k, dtype=torch.int32) // group_size
-        if is_ordered:
-            order = torch.randperm(k, generator=torch.Generator().manual_seed(8))
-            codes, g_idx = codes[order], g_idx[order]
-        stored_zeros = zeros - 1 if layout == "gptq" else zeros
-        tensors = {
-            "qweight": gptq_pack(codes, bits, k, n),
-            "qzeros": pack_cols(stored_zeros, bits, k // group_size, n),
-            "scales": scales,
-            "g_idx": g_idx,
-        }
-        config = {
-            "quant_method": "gptq",
-            "bits": bits,
-            "group_size": group_size,
-            "sym": kind.has_bias(),
-            "desc_act": is_ordered,
-            "checkpoint_format": layout,
-        }
-        group = g_idx.long()
-        return Stored(tensors, ((codes - zeros[group]).float() * scales[group].float()).t(), config)
-
-    return store
-
-
-def awq(group_size: int) -> Callable[[Shape], Stored]:
-    def store(shape: Shape) -> Stored:
-        n, k = shape
-        codes, scales, zeros = _codes(shape, scalar_types.uint4, group_size)
-        tensors = {
-            "qweight": awq_pack(codes, 4, k, n),
-            "qzeros": awq_pack(zeros, 4, k // group_size, n),
-            "scales": scales,
-        }
-        group = torch.arange(k) // group_size
-        config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True}
-        return Stored(tensors, ((codes - zeros[group]).float() * scales[group].float()).t(), config)
-
-    return store
-
-
-def gptq_of_auto_round(checkpoint: str) -> Callable[[Shape], Stored]:
+def gptq_of_auto_round(checkpoint: str) -> Make:
     """The first columns of an expert of random-moe, its words unpacked by vLLM."""
 
     def store(shape: Shape) -> Stored:
@@ -217,56 +128,39 @@ def awq_of_auto_round(shape: Shape) -> Stored:
     return Stored(tensors, torch.cat([read[down], torch.cat([read[query]] * 2, 1)]), config)
 
 
-UINT8 = torch.uint8
-FORMATS: dict[str, Callable[[Shape], Stored]] = {
-    "bf16": plain(torch.bfloat16),
-    "fp16": plain(torch.float16),
-    "fp32": plain(torch.float32),
-    "fp8-128x128": blocks((128, 128)),
-    "fp8-64x32": blocks((64, 32), suffix="weight_scale"),
-    "fp8-32x64": blocks((32, 64)),
+SAME = (
+    *("fp8-128x128", "fp8-channel", "gptq-g128", "gptq-asym", "gptq-act-order", "gptq-int8"),
+    *("gptq-v2-asym", "awq-g32", "awq-g128", "ct-int4", "ct-int4-asym", "ct-int4-channel"),
+    *("ct-int4-act-order", "ct-int8", "ct-fp8-channel", "ct-mxfp8"),
+)
+"""Of the table in docs/formats.md; what follows are others of the same formats."""
+
+FORMATS: dict[str, Make] = {name: of(CASES[name].store) for name in SAME} | {
+    "bf16": of(plain(torch.bfloat16)),
+    "fp16": of(plain(torch.float16)),
+    "fp32": of(plain(torch.float32)),
+    "fp8-64x32": of(renamed(fp8((64, 32)), "weight_scale")),
+    "fp8-32x64": of(fp8((32, 64))),
     "fp8-48x40-bf16": uneven_blocks,
-    "fp8-channel": whole("channel", (-1, 1)),
-    "fp8-channel-inv": whole("channel", (-1,), "weight_scale_inv"),
-    "fp8-tensor": whole("tensor", ()),
-    "fp8-tensor-inv": whole("tensor", (1,), "weight_scale_inv"),
-    "fp8-input-scale": with_input_scale,
-    "fp8-128x128-ue8m0": blocks((128, 128), "ue8m0"),
-    "mx": blocks((1, 32), "ue8m0"),
-    "mx-bytes": blocks((1, 32), "ue8m0", "weight_scale", lambda scale: scale.view(UINT8)),
-    "mx-packed": blocks((1, 32), "ue8m0", change=lambda scale: pack_exponents(scale.float())),
-    "fp8-32x64-packed": blocks(
-        (32, 64), "ue8m0", "weight_scale", lambda scale: pack_exponents(scale.float())
+    "fp8-channel-inv": of(renamed(plain_fp8("channel"), "weight_scale_inv", (-1,))),
+    "fp8-tensor": of(renamed(plain_fp8("tensor"), "weight_scale", ())),
+    "fp8-tensor-inv": of(renamed(plain_fp8("tensor"), "weight_scale_inv")),
+    "fp8-input-scale": of(with_input_scale),
+    "fp8-128x128-ue8m0": of(fp8((128, 128), "ue8m0")),
+    "mx": of(fp8((1, 32), "ue8m0")),
+    "mx-bytes": of(
+        renamed(fp8((1, 32), "ue8m0", lambda scale: scale.view(torch.uint8)), "weight_scale")
     ),
-    "fp8-128x128-packed-rows": blocks(
-        (128, 128),
-        "ue8m0",
-        change=lambda scale: pack_exponents(scale.float().repeat_interleave(128, 0)),
+    "mx-packed": of(fp8((1, 32), "ue8m0", pack)),
+    "fp8-32x64-packed": of(renamed(fp8((32, 64), "ue8m0", pack), "weight_scale")),
+    "fp8-128x128-packed-rows": of(
+        fp8((128, 128), "ue8m0", lambda scale: pack(scale.float().repeat_interleave(128, 0)))
     ),
-    "gptq-g128": gptq(scalar_types.uint4b8, 128),
-    "gptq-g32-asym": gptq(scalar_types.uint4, 32),
-    "gptq-act-order": gptq(scalar_types.uint4b8, 32, is_ordered=True),
-    "gptq-asym-act-order": gptq(scalar_types.uint4, 64, is_ordered=True),
-    "gptq-int8": gptq(scalar_types.uint8b128, 64),
-    "gptq-v2-asym": gptq(scalar_types.uint4, 32, layout="gptq_v2"),
+    "gptq-asym-act-order": of(gptq(scalar_types.uint4, 64, is_ordered=True)),
     "gptq-auto-round": gptq_of_auto_round("gptq"),
     "gptq-auto-round-asym": gptq_of_auto_round("gptq-asym"),
-    "awq-g32": awq(32),
-    "awq-g128": awq(128),
     "awq-auto-round": awq_of_auto_round,
-    "ct-int4": compressed(PACK, INT4),
-    "ct-int4-asym": compressed(PACK, INT4 | {"symmetric": False}),
-    "ct-int4-channel": compressed(PACK, INT4 | {"strategy": "channel", "group_size": None}),
-    "ct-int4-act-order": compressed(PACK, INT4 | {"actorder": "group"}, is_ordered=True),
-    "ct-int8": compressed(PACK, INT4 | {"num_bits": 8}),
-    "ct-fp8-channel": compressed("float-quantized", FP8 | {"strategy": "channel"}),
-    "ct-fp8-block": compressed(
-        "float-quantized", FP8 | {"strategy": "block", "block_structure": [64, 32]}
-    ),
-    "ct-mx": compressed(
-        "mxfp8-quantized",
-        FP8 | {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
-    ),
+    "ct-fp8-block": of(compressed(FLOAT, FP8 | {"strategy": "block", "block_structure": [64, 32]})),
 }
 
 

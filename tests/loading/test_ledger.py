@@ -9,7 +9,7 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
-from tests.loading.indexers import blocks, write_source
+from tests.loading.indexers import FORMATS, write_source
 from tests.loading.serving import MTP, Serving, moe_layers, read_route, serve, write_base
 from vllm_mixprec.errors import RouteError
 from vllm_mixprec.loading.ledger import Ledger
@@ -99,7 +99,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     layer = moe_layers(base)[-1]
     experts = [f"model.layers.{layer}.mlp.experts.{expert}" for expert in (0, 1)]
     stored = {
-        f"{expert}.{leaf}_proj": blocks((128, 128))((128, 128))
+        f"{expert}.{leaf}_proj": FORMATS["fp8-128x128"]((128, 128))
         for expert in experts
         for leaf in ("gate", "up", "down")
     }

@@ -2,11 +2,12 @@
 """The rows that ``inspect``, the log of a start and ``model_info`` show."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.engine.mixes import ROOT
-from tests.routing.models import CPU, make_plan
+from tests.routing.models import CPU, Tensor, copy_models, edit_tensors, make_plan
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Layout, Platform, RouteTable, load_route_table
 from vllm_mixprec.routing.parts import describe_layers, fold_layers, layer_parts, spell_layers
@@ -72,6 +73,21 @@ def test_experts_that_do_not_fill_the_kernels_tiles_are_vllms_own(ranks: int, ke
     table = replace(table, layout=Layout(tensor_parallel_size=ranks))
     (experts,) = [part for part in layer_parts(table)[0] if part.kind == "routed_experts"]
     assert experts.kernel == kernel
+
+
+def test_an_expert_of_another_rank_than_two_has_a_row(tmp_path: Path) -> None:
+    """A damaged base; the loader refuses it."""
+    name = "model.layers.1.mlp.experts.6.gate_proj.weight"
+
+    def stretch(tensors: dict[str, Tensor]) -> None:
+        dtype, shape, data = tensors[name]
+        tensors[name] = (dtype, [1] * 8 + shape, data)
+
+    folder = copy_models(tmp_path)
+    edit_tensors(folder / "bf16" / "model-00003-of-00003.safetensors", stretch)
+    table = load_route_table(make_plan(folder=folder), platform=CPU)
+    (odd,) = [part for part in layer_parts(table)[1] if part.experts == (6,)]
+    assert odd.kernel == "vLLM's own"
 
 
 @pytest.mark.parametrize("draft", [False, True])

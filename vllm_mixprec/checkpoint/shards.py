@@ -10,6 +10,7 @@ then a newline.
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ def keep_headers(folder: Path, headers: Mapping[str, RawHeader]) -> None:
                     "file_bytes": header.file_bytes,
                     "mtime_ns": header.mtime_ns,
                     "header_bytes": len(header.text),
+                    "header_crc32": zlib.crc32(header.text),
                 }
                 stream.write(json.dumps(line).encode() + b"\n" + header.text + b"\n")
         os.chmod(name, 0o644)
@@ -140,6 +142,9 @@ def kept_headers(folder: Path) -> dict[str, RawHeader]:
                 text = stream.read(entry["header_bytes"])
                 if len(text) != entry["header_bytes"] or stream.read(1) != b"\n":
                     raise ValueError(f"cut short in the header of {entry['shard']}")
+                # Directories that were composed before there were checksums have none.
+                if entry.get("header_crc32") not in (None, zlib.crc32(text)):
+                    raise ValueError(f"the header of {entry['shard']} was changed")
                 written = entry["mtime_ns"]
                 headers[entry["shard"]] = RawHeader(
                     text, int(entry["file_bytes"]), None if written is None else int(written)

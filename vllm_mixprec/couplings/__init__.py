@@ -10,13 +10,16 @@ compares them with the imports of the package. vLLM itself is imported only insi
 from collections.abc import Iterable
 
 from vllm_mixprec.couplings.base import Coupling, find_problem
+from vllm_mixprec.couplings.kernels import KERNELS
+from vllm_mixprec.couplings.layers import LAYERS
 from vllm_mixprec.couplings.loading import LOADING
 from vllm_mixprec.couplings.patching import PATCHING
+from vllm_mixprec.couplings.startup import STARTUP
 from vllm_mixprec.couplings.statistics import STATISTICS
 
 __all__ = [
     "COUPLINGS",
-    "LOADING",
+    "SERVING",
     "TESTED_VLLM",
     "Coupling",
     "couplings_for",
@@ -24,7 +27,10 @@ __all__ = [
     "find_unfit",
 ]
 
-COUPLINGS: tuple[Coupling, ...] = (*LOADING, *STATISTICS, *PATCHING)
+SERVING: tuple[Coupling, ...] = (*STARTUP, *LAYERS, *LOADING, *KERNELS)
+"""Those without which no plan is served."""
+
+COUPLINGS: tuple[Coupling, ...] = (*SERVING, *STATISTICS, *PATCHING)
 
 TESTED_VLLM = ((0, 32), (0, 34))
 """Versions that the package is tested with: from the first, inclusive, to the second."""

@@ -145,6 +145,8 @@ def _kernel_of(table: RouteTable, route: Route) -> str:
 def _has_fast_bf16(table: RouteTable, route: Route) -> bool:
     """Whether unquantised experts run in our CPU kernel, as quant/methods.py decides it."""
     config, layout = text_config(table.base_config), table.layout
+    if len(route.shape) != 2:
+        return False
     rows, columns = route.shape
     if leaf_name(route.module) in ("down_proj", "w2"):
         rows, columns = columns, rows

@@ -36,12 +36,12 @@ class Stored:
     Attributes:
         tensors: suffix -> tensor, as in the file.
         weight: what the tool reads back, in ``dtype`` of the tool's own arithmetic.
-        config: the ``quantization_config`` of the checkpoint.
+        config: the ``quantization_config`` of the checkpoint, None of one that is not quantised.
     """
 
     tensors: Tensors
     weight: torch.Tensor
-    config: dict[str, Any]
+    config: dict[str, Any] | None
 
 
 Store = Callable[[torch.Tensor], Stored]

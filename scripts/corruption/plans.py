@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts/corrupt.py does to a plan: every kind of damage, and how often."""
+"""Damage to plans."""
 
 import json
 import random
