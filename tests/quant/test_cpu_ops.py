@@ -4,6 +4,7 @@
 import pytest
 import torch
 import vllm._C  # noqa: F401  registers the compiled kernels
+from vllm import _custom_ops as ops
 
 from vllm_mixprec.quant import cpu_ops, methods
 from vllm_mixprec.quant.cpu_ops import ExpertKernel, Int4Layout, mixed_experts
@@ -67,6 +68,41 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("format", methods._CPU_KERNELS)
 def test_probe_trusts_every_kernel_here(format):
     assert cpu_ops.probe(*methods._CPU_KERNELS[format]) is None
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((3, 48, 64), torch.bfloat16),  # rows that are no multiple of the kernel's block
+        ((1072, 2048), torch.bfloat16),  # more than one part, the last one short
+        ((2, 3200, 1024), torch.float8_e4m3fn),
+        ((5, 32, 64), torch.float8_e4m3fn),
+    ],
+)
+def test_weights_are_reordered_where_they_are_as_the_kernel_orders_them_at_once(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stored, expected = weight.clone(), torch.ops._C.convert_weight_packed(weight)
+    place = weight.data_ptr()
+    packed = cpu_ops.pack_plain(weight)
+    assert packed.data_ptr() == place and packed.shape == stored.shape
+    assert torch.equal(packed.view(torch.uint8), expected.view(torch.uint8))
+    assert not torch.equal(packed.view(torch.uint8), stored.view(torch.uint8))
+
+
+@pytest.mark.parametrize("layout", Int4Layout)
+def test_int4_experts_are_blocked_one_by_one_as_all_at_once(layout):
+    generator = torch.Generator().manual_seed(0)
+    words = (4, 256, 32) if layout == Int4Layout.AWQ else (4, 32, 256)
+    weight, zero = (
+        torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+        for shape in (words, (4, 2, 32))
+    )
+    scale = torch.rand(4, 2, 256, generator=generator)
+    weights, zeros, scales = ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)
+    found = cpu_ops.pack_int4(weight, scale, zero, layout)
+    for one, other in zip(found, (weights, scales, zeros), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert not torch.equal(found[0], found[0].roll(1, 0))
 
 
 @pytest.mark.parametrize("part", ["_run", "int4_linear"])

@@ -76,7 +76,8 @@ def read_tensors(
             file = chunk[0].spec.file
             if file not in files:
                 files[file] = _open(chunk[0].spec)
-            nbytes = min(_end(chunk) - chunk[0].start, _AHEAD_BYTES)
+            # A chunk of a few bytes holds a whole buffer.
+            nbytes = min(max(_end(chunk) - chunk[0].start, READ_BYTES), _AHEAD_BYTES)
             while waiting and ahead_bytes + nbytes > _AHEAD_BYTES:
                 taken, future = waiting.popleft()
                 ahead_bytes -= taken

@@ -34,10 +34,23 @@ class ExpertKernel(IntEnum):
 # How many tensors a group passes to the op: w13, w2, then scales, then zero points.
 _TENSORS: dict[int, int] = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, ExpertKernel.INT4: 6}
 
+_BLOCK_ROWS = 32
+_REORDER_BYTES = 2 << 20
+
 
 def pack_plain(weight: torch.Tensor) -> torch.Tensor:
-    """Reorder bf16 or E4M3 weights, (N, K) or (experts, N, K), for the kernel; the shape stays."""
-    return torch.ops._C.convert_weight_packed(weight)
+    """Reorder bf16 or E4M3 weights, (N, K) or (experts, N, K), for the kernel, and return them.
+
+    They are reordered where they are, a few megabytes at a time: a copy of a layer's experts would
+    be the peak of loading, and its fresh pages cost as much time as the work does. The kernel
+    orders blocks of 32 rows, each by itself.
+    """
+    row_bytes = weight.shape[-1] * weight.element_size()
+    rows = max(_REORDER_BYTES // (_BLOCK_ROWS * row_bytes), 1) * _BLOCK_ROWS
+    for matrix in weight.view(-1, *weight.shape[-2:]):
+        for part in matrix.split(rows):
+            part.copy_(torch.ops._C.convert_weight_packed(part))
+    return weight
 
 
 def pack_int4(
@@ -49,6 +62,15 @@ def pack_int4(
     (K / g, N / 8) int32 holding the zero points, of GPTQ less 1, each as its checkpoints pack it.
     Returns the blocked weight uint8, scale float32 and zero point int8.
     """
+    if weight.dim() == 3:  # one after the other: the kernel's own unpacks all that it is given
+        whole: list[torch.Tensor] = []
+        for number, expert in enumerate(zip(weight, scale, zero, strict=True)):
+            parts = pack_int4(*expert, layout)
+            whole = whole or [part.new_empty(len(weight), *part.shape) for part in parts]
+            for target, part in zip(whole, parts, strict=True):
+                target[number] = part
+        weight, scale, zero = whole
+        return weight, scale, zero
     weight, zero, scale = ops.convert_weight_packed_scale_zp(
         weight.contiguous(), zero.contiguous(), scale.float().contiguous(), layout
     )
@@ -241,6 +263,7 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
     weights = torch.rand(3, 2, generator=generator)
     w13, stored13 = _probe_weights(kernel, layout, 2 * inner, hidden, generator)
     w2, stored2 = _probe_weights(kernel, layout, hidden, inner, generator)
+    linear = _pack(layout, [tensor[0].clone() for tensor in stored13])  # packing may be in place
     packed = zip(_pack(layout, stored13), _pack(layout, stored2), strict=True)
     block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
     tensors = [tensor for pair in packed for tensor in pair]
@@ -254,7 +277,6 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
     error = ((out.float() - expected).norm() / expected.norm()).item()
     if kernel is ExpertKernel.BF16:  # vLLM's own linear serves bf16
         return error
-    linear = _pack(layout, [tensor[0] for tensor in stored13])
     out = (
         fp8_linear(x, *linear, block)
         if kernel is ExpertKernel.FP8_BLOCK
