@@ -90,19 +90,25 @@ def test_weights_are_reordered_where_they_are_as_the_kernel_orders_them_at_once(
 
 
 @pytest.mark.parametrize("layout", Int4Layout)
-def test_int4_experts_are_blocked_one_by_one_as_all_at_once(layout):
+@pytest.mark.parametrize("experts", [(), (3,)])
+def test_int4_weights_are_blocked_in_parts_as_the_kernel_blocks_them_at_once(
+    layout, experts, monkeypatch
+):
     generator = torch.Generator().manual_seed(0)
-    words = (4, 256, 32) if layout == Int4Layout.AWQ else (4, 32, 256)
+    columns = 128 * torch.get_num_threads() + 96  # the last part is short
+    words = (256, columns // 8) if layout == Int4Layout.AWQ else (32, columns)
     weight, zero = (
-        torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
-        for shape in (words, (4, 2, 32))
+        torch.randint(-(2**31), 2**31, (*experts, *shape), generator=generator, dtype=torch.int32)
+        for shape in (words, (2, columns // 8))
     )
-    scale = torch.rand(4, 2, 256, generator=generator)
+    scale = torch.rand(*experts, 2, columns, generator=generator)
     weights, zeros, scales = ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)
     found = cpu_ops.pack_int4(weight, scale, zero, layout)
     for one, other in zip(found, (weights, scales, zeros), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
-    assert not torch.equal(found[0], found[0].roll(1, 0))
+    monkeypatch.setattr(cpu_ops, "_BLOCK_ROWS", 16)  # parts in the wrong places
+    with pytest.raises(RuntimeError, match="expanded size|must match"):
+        cpu_ops.pack_int4(weight, scale, zero, layout)
 
 
 @pytest.mark.parametrize("part", ["_run", "int4_linear"])
