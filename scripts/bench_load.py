@@ -6,10 +6,11 @@
 
 Every number comes from a process of its own, forked of one that is set up as vLLM sets up its CPU
 worker (its OpenMP binding, its LD_PRELOAD, one rank; see load_child.py), which runs vLLM's
-``load_model`` and nothing after it: building the layers, reading, and reordering weights for the
-kernels. A round measures every model with a warm page cache and, but for the smaller stock ones,
-with a cold one (posix_fadvise DONTNEED on its files, checked with mincore), in an order that
-changes from round to round. Ratios are formed within a round.
+``load_model`` and nothing after it. Its time is that of building the layers, reading, and
+reordering weights for the kernels; the collection of garbage amid them, a second whatever the
+model, is left out of all. A round measures every model with a warm page cache and, but for the
+smaller stock ones, with a cold one (posix_fadvise DONTNEED on its files, checked with mincore), in
+an order that changes from round to round. Ratios are formed within a round.
 
 bytes read: /proc/self/io over ``load_model``. ``rchar`` counts read system calls, ``read_bytes``
 what the block device delivered, memory maps included.

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ def serve() -> None:
     import vllm.v1.worker.gpu_worker  # noqa: F401
     from vllm.engine.arg_utils import EngineArgs  # noqa: F401
 
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))  # as a worker's parent is: not bound
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints
     for line in sys.stdin:
         ours, theirs = os.pipe()
         child = os.fork()
         if child == 0:
+            os.sched_setaffinity(0, bound)
             try:
                 request = json.loads(line)
                 answer = {"drain": drain, "load": load}[request.pop("what")](**request)
@@ -74,18 +78,20 @@ def load(model: str, cold: bool, plain: bool, load_format: str = "auto") -> dict
         get_model_cls(config.model_config)  # importing modules is not loading
         loader = get_model_loader(config.load_config)
         phases: dict[str, float] = {}
-        _time(loader, "create_model", phases)
-        _time(loader, "load_weights", phases)
-        _time(base_loader, "process_weights_after_loading", phases)
+        cpu_phases: dict[str, float] = {}
+        for owner, name in (
+            (loader, "create_model"),
+            (loader, "load_weights"),
+            (base_loader, "process_weights_after_loading"),
+        ):
+            _time(owner, name, time.perf_counter, phases)
+            _time(owner, name, time.process_time, cpu_phases)
         files = weight_files(Path(model))
         found: dict[str, Any] = {"cached_share_before": set_cache(files, cold)}
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         watch = _AnonymousPeak()
         before, io_before = _memory(), _io()
-        begun, cpu_begun = time.perf_counter(), time.process_time()
         loaded = loader.load_model(vllm_config=config, model_config=config.model_config)
-        found["load_s"] = time.perf_counter() - begun
-        found["load_cpu_s"] = time.process_time() - cpu_begun
         io_after, after = _io(), _memory()
         anonymous = watch.stop()
         routed = None
@@ -95,6 +101,8 @@ def load(model: str, cold: bool, plain: bool, load_format: str = "auto") -> dict
             routed = sum(route.stored_bytes for route in rank_routes(loaded, config.quant_config))
     return found | {
         "phases_s": phases,
+        "load_s": sum(phases.values()),
+        "load_cpu_s": sum(cpu_phases.values()),
         "file_bytes": sum(file.stat().st_size for file in files),
         "routed_bytes": routed,
         "rchar": io_after["rchar"] - io_before["rchar"],
@@ -146,16 +154,16 @@ def weight_bytes(model: Any) -> int:
     return packed + sum(storages.values())
 
 
-def _time(owner: Any, name: str, phases: dict[str, float]) -> None:
-    """Have ``owner.name`` add its seconds to ``phases``."""
+def _time(owner: Any, name: str, clock: Callable[[], float], phases: dict[str, float]) -> None:
+    """Have ``owner.name`` add its seconds by ``clock`` to ``phases``."""
     function = getattr(owner, name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        begun = time.perf_counter()
+        begun = clock()
         try:
             return function(*args, **kwargs)
         finally:
-            phases[name] = phases.get(name, 0.0) + time.perf_counter() - begun
+            phases[name] = phases.get(name, 0.0) + clock() - begun
 
     setattr(owner, name, timed)
 

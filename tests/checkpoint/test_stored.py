@@ -2,6 +2,8 @@
 """Tensors of which only some rows are read: right whatever is done with them, and no byte more."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,3 +188,23 @@ def test_buffers_go_back_to_the_system_at_the_end():
     assert resident() - before > 50 << 20  # kept to be used again
     del buffers
     assert resident() - before < 10 << 20
+
+
+_READERS_CORES = """
+import os
+from vllm_mixprec.checkpoint.stored import start_readers
+
+os.sched_setaffinity(0, {cores})
+with start_readers() as pool:
+    print(pool.submit(os.sched_getaffinity, 0).result() == {expected})
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_readers_leave_the_one_core_of_a_pinned_worker_but_no_wider_binding(is_pinned):
+    mine = os.sched_getaffinity(0)
+    cores = {max(mine)} if is_pinned else mine
+    script = _READERS_CORES.format(cores=cores, expected=mine)
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout == "True\n", found.stderr

@@ -34,6 +34,21 @@ DTYPES = {
 _THREADS = 4
 
 
+def start_readers() -> ThreadPoolExecutor:
+    """Start threads to read with."""
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="mixprec-read", initializer=_unpin)
+
+
+def _unpin() -> None:
+    """Let this thread run where the process's parent may.
+
+    vLLM's CPU workers bind OpenMP's threads to a core each, the main thread among them, and a new
+    thread inherits its core: four readers would take turns with the thread that they read for.
+    """
+    if len(os.sched_getaffinity(0)) == 1:
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+
+
 class StoredTensor(torch.Tensor):  # type: ignore[misc]
     """Stands for a tensor in a file, or for some of its rows, to code that expects a tensor.
 
@@ -120,7 +135,7 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         straight = target.is_cpu and target.is_contiguous() and target.dtype == self.dtype
         with (
             open(reopen(self.spec.file, self.spec.stamp), "rb", buffering=0) as file,
-            ThreadPoolExecutor(_THREADS) as pool,
+            start_readers() as pool,
         ):
             for first in range(0, len(places), _THREADS):
                 batch = places[first : first + _THREADS]
