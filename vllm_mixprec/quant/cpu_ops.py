@@ -63,8 +63,8 @@ def pack_int4(
     (K / g, N / 8) int32 holding the zero points, of GPTQ less 1, each as its checkpoints pack it.
     Returns the blocked weight uint8, scale float32 and zero point int8.
     """
-    # The kernel's own unpacks all that it is given to eight times its size before it packs it: in
-    # parts that fit a core's cache it takes half the time, and no memory to speak of.
+    # vLLM's function unpacks all that it is given to eight times its size before it packs it; of a
+    # layer's experts that would be the peak of loading.
     columns = _INT4_COLUMNS * torch.get_num_threads()
     word = 8 if layout == Int4Layout.AWQ else 1  # columns in one element of ``weight``
     experts, n = weight[None] if weight.dim() == 2 else weight, scale.shape[-1]
