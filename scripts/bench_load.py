@@ -290,7 +290,8 @@ def main() -> None:
         print(
             f"round {number + 1} of {n_rounds}, {took:.0f} s, load {loads[-1][0]:.1f}", flush=True
         )
-    print(f"\n{machine_line(machine)}\nLoad average {loads[0][0]:.1f} to {loads[-1][0]:.1f}.\n")
+    load = [minute for minute, _, _ in loads]
+    print(f"\n{machine_line(machine)}\nLoad average {min(load):.1f} to {max(load):.1f}.\n")
     print(report(rounds))
     print(f"\nWritten to {file}")
 
