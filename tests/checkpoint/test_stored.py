@@ -2,9 +2,12 @@
 """Tensors of which only some rows are read: right whatever is done with them, and no byte more."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -114,6 +117,34 @@ def test_large_tensors_go_to_their_place_in_pieces(written, read_bytes, monkeypa
     assert sum(read_bytes) == spec.nbytes and max(read_bytes) == 7 * COLUMNS * 4
 
 
+@pytest.mark.parametrize(
+    "make, is_straight",
+    [
+        (lambda: torch.zeros(50, COLUMNS), True),
+        (lambda: torch.nn.Parameter(torch.zeros(2, 50, COLUMNS), requires_grad=False)[1], True),
+        (lambda: torch.zeros(50, COLUMNS, dtype=torch.float64), False),
+        (lambda: torch.zeros(50, 2 * COLUMNS)[:, ::2], False),
+    ],
+)
+def test_it_is_read_straight_into_a_parameter_of_its_dtype(written, monkeypatch, make, is_straight):
+    expected, spec = written
+    places: list[int] = []
+    real = os.preadv
+
+    def noting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        places.extend(np.frombuffer(buffer, np.uint8).ctypes.data for buffer in buffers)
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(stored.os, "preadv", noting)
+    monkeypatch.setattr(stored, "READ_BYTES", 7 * COLUMNS * 4)
+    target = make()
+    target.copy_(StoredTensor(spec)[20:70])
+    assert torch.equal(target, expected[20:70].to(target.dtype))
+    begin = target.data_ptr()
+    assert len(places) == 8
+    assert all((begin <= place < begin + target.nbytes) == is_straight for place in places)
+
+
 def test_read_once_it_is_kept(written, read_bytes):
     _, spec = written
     tensor = StoredTensor(spec)
@@ -142,3 +173,38 @@ def test_buffers_are_used_again_but_never_while_they_are_seen():
     assert view.tolist() == [1] * 10
     del view
     assert buffers.take(5).data_ptr() == place
+
+
+def test_buffers_go_back_to_the_system_at_the_end():
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+    before = resident()
+    buffers = Buffers()
+    lent = [buffers.take(nbytes).fill_(1) for nbytes in (READ_BYTES,) * 15 + (60 << 20,)]
+    assert resident() - before > 110 << 20
+    del lent
+    assert resident() - before > 50 << 20  # kept to be used again
+    del buffers
+    assert resident() - before < 10 << 20
+
+
+_READERS_CORES = """
+import os
+from vllm_mixprec.checkpoint.stored import start_readers
+
+os.sched_setaffinity(0, {cores})
+with start_readers() as pool:
+    print(pool.submit(os.sched_getaffinity, 0).result() == {expected})
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_readers_leave_the_one_core_of_a_pinned_worker_but_no_wider_binding(is_pinned):
+    mine = os.sched_getaffinity(0)
+    cores = {max(mine)} if is_pinned else mine
+    script = _READERS_CORES.format(cores=cores, expected=mine)
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout == "True\n", found.stderr

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_mixprec.checkpoint import stream
+from vllm_mixprec.checkpoint import buffers, stream
+from vllm_mixprec.checkpoint.buffers import READ_BYTES
 from vllm_mixprec.checkpoint.header import read_header
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import CheckpointError
@@ -43,6 +44,18 @@ def test_every_tensor_comes_once_and_whole(shards, monkeypatch, read_bytes, ahea
     for name, tensor in found:
         assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
         assert torch.equal(tensor.double(), tensors[name].double())
+
+
+def test_small_tensors_far_apart_hold_no_more_memory_than_large_ones(tmp_path, monkeypatch):
+    tensors = {f"{number:03}": torch.full((500,), float(number)) for number in range(200)}
+    save_file(tensors, tmp_path / "many.safetensors")
+    specs = [*read_header(tmp_path / "many.safetensors").values()][::2]
+    made = []
+    real = buffers._map
+    monkeypatch.setattr(buffers, "_map", lambda nbytes: made.append(nbytes) or real(nbytes))
+    found = {spec.name: tensor[0].item() for spec, tensor in read_tensors(specs)}
+    assert found == {f"{number:03}": number for number in range(0, 200, 2)}
+    assert 0 < sum(made) <= stream._AHEAD_BYTES + 3 * READ_BYTES  # those being given out
 
 
 def test_tensors_come_in_file_order(shards):

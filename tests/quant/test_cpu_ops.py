@@ -4,6 +4,7 @@
 import pytest
 import torch
 import vllm._C  # noqa: F401  registers the compiled kernels
+from vllm import _custom_ops as ops
 
 from vllm_mixprec.quant import cpu_ops, methods
 from vllm_mixprec.quant.cpu_ops import ExpertKernel, Int4Layout, mixed_experts
@@ -67,6 +68,47 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("format", methods._CPU_KERNELS)
 def test_probe_trusts_every_kernel_here(format):
     assert cpu_ops.probe(*methods._CPU_KERNELS[format]) is None
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((3, 48, 64), torch.bfloat16),  # rows that are no multiple of the kernel's block
+        ((1072, 2048), torch.bfloat16),  # more than one part, the last one short
+        ((2, 3200, 1024), torch.float8_e4m3fn),
+        ((5, 32, 64), torch.float8_e4m3fn),
+    ],
+)
+def test_weights_are_reordered_where_they_are_as_the_kernel_orders_them_at_once(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stored, expected = weight.clone(), torch.ops._C.convert_weight_packed(weight)
+    place = weight.data_ptr()
+    packed = cpu_ops.pack_plain(weight)
+    assert packed.data_ptr() == place and packed.shape == stored.shape
+    assert torch.equal(packed.view(torch.uint8), expected.view(torch.uint8))
+    assert not torch.equal(packed.view(torch.uint8), stored.view(torch.uint8))
+
+
+@pytest.mark.parametrize("layout", Int4Layout)
+@pytest.mark.parametrize("experts", [(), (3,)])
+def test_int4_weights_are_blocked_in_parts_as_the_kernel_blocks_them_at_once(
+    layout, experts, monkeypatch
+):
+    generator = torch.Generator().manual_seed(0)
+    columns = 128 * torch.get_num_threads() + 96  # the last part is short
+    words = (256, columns // 8) if layout == Int4Layout.AWQ else (32, columns)
+    weight, zero = (
+        torch.randint(-(2**31), 2**31, (*experts, *shape), generator=generator, dtype=torch.int32)
+        for shape in (words, (2, columns // 8))
+    )
+    scale = torch.rand(*experts, 2, columns, generator=generator)
+    weights, zeros, scales = ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)
+    found = cpu_ops.pack_int4(weight, scale, zero, layout)
+    for one, other in zip(found, (weights, scales, zeros), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    monkeypatch.setattr(cpu_ops, "_BLOCK_ROWS", 16)  # parts in the wrong places
+    with pytest.raises(RuntimeError, match="expanded size|must match"):
+        cpu_ops.pack_int4(weight, scale, zero, layout)
 
 
 @pytest.mark.parametrize("part", ["_run", "int4_linear"])

@@ -2,8 +2,10 @@
 """A tensor in a file, of which only the rows are read that somebody uses."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -32,13 +34,29 @@ DTYPES = {
 _THREADS = 4
 
 
+def start_readers() -> ThreadPoolExecutor:
+    """Start threads to read with."""
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="mixprec-read", initializer=_unpin)
+
+
+def _unpin() -> None:
+    """Let this thread run where the process's parent may.
+
+    vLLM's CPU workers bind OpenMP's threads to a core each, the main thread among them, and a new
+    thread inherits its core: four readers would take turns with the thread that they read for.
+    """
+    if len(os.sched_getaffinity(0)) == 1:
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+
+
 class StoredTensor(torch.Tensor):  # type: ignore[misc]
     """Stands for a tensor in a file, or for some of its rows, to code that expects a tensor.
 
     vLLM's weight loaders take whole tensors and narrow them to what their tensor-parallel rank
     holds. Narrowing this along its first dimension reads nothing; copying it into a parameter reads
-    what is left, a few megabytes at a time; any other operation reads it all first. So what a
-    loader does with it is never wrong, only slower than it was foreseen.
+    what is left, straight into the parameter's memory, or a few megabytes at a time where that is
+    on another device, of another dtype or in pieces; any other operation reads it all first. So
+    what a loader does with it is never wrong, only slower than it was foreseen.
 
     Args:
         rows: which of the tensor's rows it stands for; None for all.
@@ -82,8 +100,7 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         if func is torch.ops.aten.copy_.default and isinstance(args[1], cls):
             target, stored = args[:2]
             if target.shape == stored.shape and not isinstance(target, cls):
-                for place, values in stored.pieces():
-                    target[place.start : place.stop].copy_(values)
+                stored._copy_to(target)
                 return target
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
         return func(*args, **kwargs)
@@ -93,21 +110,20 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         ahead = self._from_ahead()
         if ahead is not None:
             return ahead
-        values = torch.empty(self.shape, dtype=self.dtype)
-        for place, piece in self.pieces():
-            values[place.start : place.stop] = piece
+        values = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        self._copy_to(values)
         self.ahead = (self.rows, values)
         return values
 
-    def pieces(self) -> Iterator[tuple[range, torch.Tensor]]:
-        """Yield (rows of this tensor, their values), no more than a few megabytes at a time.
+    def _copy_to(self, target: torch.Tensor) -> None:
+        """Fill a tensor of this shape.
 
         Raises:
             CheckpointError: the file vanished, or ended before the tensor did.
         """
         ahead = self._from_ahead()
         if ahead is not None:
-            yield range(len(self.rows)), ahead
+            target.copy_(ahead)
             return
         if not self.numel():
             return
@@ -116,15 +132,22 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             range(first, min(first + size, len(self.rows)))
             for first in range(0, len(self.rows), size)
         ]
+        straight = target.is_cpu and target.is_contiguous() and target.dtype == self.dtype
         with (
             open(reopen(self.spec.file, self.spec.stamp), "rb", buffering=0) as file,
-            ThreadPoolExecutor(_THREADS) as pool,
+            start_readers() as pool,
         ):
             for first in range(0, len(places), _THREADS):
                 batch = places[first : first + _THREADS]
-                read = [pool.submit(self._read, file.fileno(), place) for place in batch]
-                for place, future in zip(batch, read, strict=True):
-                    yield place, future.result()
+                parts = [target[place.start : place.stop] for place in batch]
+                pieces = parts
+                if not straight:
+                    new = partial(torch.empty, dtype=self.dtype, device="cpu")
+                    pieces = [new(part.shape) for part in parts]
+                list(pool.map(self._read, repeat(file.fileno()), batch, pieces))
+                for part, piece in zip(parts, pieces, strict=True):
+                    if part is not piece:
+                        part.copy_(piece)
 
     @property
     def _row_bytes(self) -> int:
@@ -138,11 +161,11 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             return None
         return values[self.rows.start - rows.start : self.rows.stop - rows.start]
 
-    def _read(self, descriptor: int, place: range) -> torch.Tensor:
-        rows = self.rows[place.start : place.stop]
-        values = torch.empty(len(rows) * self._row_bytes, dtype=torch.uint8)
-        read_into(values, descriptor, self.spec.start + rows.start * self._row_bytes, self.spec)
-        return values.view(self.dtype).view(len(rows), *self.shape[1:])
+    def _read(self, descriptor: int, place: range, piece: torch.Tensor) -> None:
+        """Fill a contiguous CPU tensor of this dtype with the rows at ``place``."""
+        raw = piece.detach().view(-1).view(torch.uint8)
+        offset = self.spec.start + (self.rows.start + place.start) * self._row_bytes
+        read_into(raw, descriptor, offset, self.spec)
 
 
 def read_into(buffer: torch.Tensor, descriptor: int, offset: int, spec: TensorSpec) -> None:

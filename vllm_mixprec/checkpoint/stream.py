@@ -4,7 +4,7 @@
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -14,11 +14,10 @@ import torch
 from vllm_mixprec.checkpoint.buffers import READ_BYTES, Buffers
 from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import TensorSpec, View
-from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, read_into
+from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, read_into, start_readers
 
 # Small neighbours share one read. Larger reads gain nothing on NVMe or page cache and cost memory.
 _AHEAD_BYTES = 32 << 20
-_THREADS = 4
 
 Tensors = list[tuple[TensorSpec, torch.Tensor]]
 
@@ -70,13 +69,14 @@ def read_tensors(
     ahead_bytes = 0
     files: dict[Path, tuple[int, FileStamp | None]] = {}
     buffers = Buffers()
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="mixprec-read")
+    pool = start_readers()
     try:
         for chunk in chunks:
             file = chunk[0].spec.file
             if file not in files:
                 files[file] = _open(chunk[0].spec)
-            nbytes = min(_end(chunk) - chunk[0].start, _AHEAD_BYTES)
+            # A chunk of a few bytes holds a whole buffer.
+            nbytes = min(max(_end(chunk) - chunk[0].start, READ_BYTES), _AHEAD_BYTES)
             while waiting and ahead_bytes + nbytes > _AHEAD_BYTES:
                 taken, future = waiting.popleft()
                 ahead_bytes -= taken

@@ -34,10 +34,24 @@ class ExpertKernel(IntEnum):
 # How many tensors a group passes to the op: w13, w2, then scales, then zero points.
 _TENSORS: dict[int, int] = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, ExpertKernel.INT4: 6}
 
+# The kernels order weights by blocks of output features, each by itself.
+_BLOCK_ROWS = 32
+_REORDER_BYTES = 2 << 20
+_INT4_COLUMNS = 128
+
 
 def pack_plain(weight: torch.Tensor) -> torch.Tensor:
-    """Reorder bf16 or E4M3 weights, (N, K) or (experts, N, K), for the kernel; the shape stays."""
-    return torch.ops._C.convert_weight_packed(weight)
+    """Reorder bf16 or E4M3 weights, (N, K) or (experts, N, K), for the kernel, and return them.
+
+    They are reordered where they are, a few megabytes at a time: a copy of a layer's experts would
+    be the peak of loading, and its fresh pages cost as much time as the work does.
+    """
+    row_bytes = weight.shape[-1] * weight.element_size()
+    rows = max(_REORDER_BYTES // (_BLOCK_ROWS * row_bytes), 1) * _BLOCK_ROWS
+    for matrix in weight.view(-1, *weight.shape[-2:]):
+        for part in matrix.split(rows):
+            part.copy_(torch.ops._C.convert_weight_packed(part))
+    return weight
 
 
 def pack_int4(
@@ -49,10 +63,29 @@ def pack_int4(
     (K / g, N / 8) int32 holding the zero points, of GPTQ less 1, each as its checkpoints pack it.
     Returns the blocked weight uint8, scale float32 and zero point int8.
     """
-    weight, zero, scale = ops.convert_weight_packed_scale_zp(
-        weight.contiguous(), zero.contiguous(), scale.float().contiguous(), layout
-    )
-    return weight, scale, zero
+    # vLLM's function unpacks all that it is given to eight times its size before it packs it; of a
+    # layer's experts that would be the peak of loading.
+    columns = _INT4_COLUMNS * torch.get_num_threads()
+    word = 8 if layout == Int4Layout.AWQ else 1  # columns in one element of ``weight``
+    experts, n = weight[None] if weight.dim() == 2 else weight, scale.shape[-1]
+    scales, zeros = scale.view(len(experts), -1, n), zero.view(len(experts), -1, n // 8)
+    packed: list[torch.Tensor] = []
+    for number in range(len(experts)):
+        for first in range(0, n, columns):
+            end = min(first + columns, n)
+            part = ops.convert_weight_packed_scale_zp(
+                experts[number, :, first // word : end // word].contiguous(),
+                zeros[number, :, first // 8 : end // 8].contiguous(),
+                scales[number, :, first:end].float().contiguous(),
+                layout,
+            )
+            packed = packed or [
+                piece.new_empty(len(experts), n // _BLOCK_ROWS, *piece.shape[1:]) for piece in part
+            ]
+            for whole, piece in zip(packed, part, strict=True):
+                whole[number, first // _BLOCK_ROWS : end // _BLOCK_ROWS] = piece
+    blocked, zero_points, factors = (whole if weight.dim() == 3 else whole[0] for whole in packed)
+    return blocked, factors, zero_points
 
 
 def fp8_linear(
@@ -241,6 +274,7 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
     weights = torch.rand(3, 2, generator=generator)
     w13, stored13 = _probe_weights(kernel, layout, 2 * inner, hidden, generator)
     w2, stored2 = _probe_weights(kernel, layout, hidden, inner, generator)
+    linear = _pack(layout, [tensor[0].clone() for tensor in stored13])  # packing may be in place
     packed = zip(_pack(layout, stored13), _pack(layout, stored2), strict=True)
     block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
     tensors = [tensor for pair in packed for tensor in pair]
@@ -254,7 +288,6 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
     error = ((out.float() - expected).norm() / expected.norm()).item()
     if kernel is ExpertKernel.BF16:  # vLLM's own linear serves bf16
         return error
-    linear = _pack(layout, [tensor[0] for tensor in stored13])
     out = (
         fp8_linear(x, *linear, block)
         if kernel is ExpertKernel.FP8_BLOCK
