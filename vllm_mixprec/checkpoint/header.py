@@ -242,9 +242,7 @@ def _parse_entry(
             f"data_offsets span {end - start} bytes",
             f"{nbytes:g} for {dtype} of shape {dims}",
         )
-    return TensorSpec(
-        name, kind[0], kind[1], file, data_start + start, data_start + end, stamp=stamp
-    )
+    return TensorSpec(name, *kind, file, data_start + start, data_start + end, None, stamp)
 
 
 def _parse_kind(file: Path, name: str, dtype: Any, dims: Any) -> tuple[_Kind, float]:

@@ -69,9 +69,10 @@ class Rule(_Schema):
         """The rule's line in the plan's file, from 1; None for a plan that has no file."""
         return self._line
 
-    def matches(self, module: str) -> bool:
-        """Whether the rule matches a module, by its name in the base checkpoint."""
-        return self._matches(module)
+    @property
+    def matches(self) -> Pattern:
+        """Tells whether the rule matches a module, by its name in the base checkpoint."""
+        return self._matches
 
     def model_post_init(self, context: Any, /) -> None:
         """Compile the pattern once; a malformed one is a PlanError."""

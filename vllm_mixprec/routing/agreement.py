@@ -148,15 +148,17 @@ def _gather_layers(modules: Iterable[Module]) -> dict[int, _Layer]:
     """Collect the modules of each layer of the language model."""
     layers: dict[int, _Layer] = {}
     for module in modules:
-        name, index = layer_name(module.name), layer_index(module.name)
-        if name is None or index is None:
+        index = layer_index(module.name)
+        if index is None:
             continue
         layer = layers.get(index)
         if layer is None:
+            name = layer_name(module.name)
+            assert name is not None, f"{module.name} is in layer {index}"
             layer = layers[index] = _Layer(name)
         expert = parse_expert(module.name)
         if expert is None:
-            layer.modules[module.name[len(name) + 1 :]] = module
+            layer.modules[module.name[len(layer.name) + 1 :]] = module
         else:
             layer.experts.setdefault(expert.projection, set()).add(expert.expert)
             layer.experts_name = expert.layer

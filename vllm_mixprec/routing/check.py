@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from vllm_mixprec.checkpoint.hub import is_available
 from vllm_mixprec.checkpoint.index import Checkpoint, local_path
 from vllm_mixprec.errors import CheckpointError, PlanError, RouteError, UnsupportedError
@@ -180,8 +178,10 @@ def _report_cache_scales(table: RouteTable, log: FindingLog) -> None:
     """
     dims = ModelDims.from_config(table.base_config)
     for module, route in table.routes.items():
+        if CACHE_SCALES.isdisjoint(route.tensors):
+            continue
         scales = CACHE_SCALES.intersection(route.tensors)
-        if scales and dims.is_loaded(module, table.layout.draft):
+        if dims.is_loaded(module, table.layout.draft):
             log.add(
                 "error",
                 "cache-scale",
@@ -196,6 +196,8 @@ def _read_tensors(
     table: RouteTable, checkpoints: Mapping[str, Checkpoint], log: FindingLog, has_bar: bool
 ) -> None:
     try:
+        from tqdm import tqdm
+
         from vllm_mixprec.routing import deep
     except ModuleNotFoundError as error:
         raise UnsupportedError(

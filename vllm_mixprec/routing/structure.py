@@ -155,7 +155,7 @@ def layer_name(module: str) -> str | None:
 
 def indexer_name(module: str) -> str | None:
     """Return the name of the indexer that a module is part of; None for any other module."""
-    found = _INDEXER.match(module)
+    found = _INDEXER.match(module) if ".indexer" in module else None
     return found[1] if found is not None else None
 
 
