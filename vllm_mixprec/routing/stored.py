@@ -9,9 +9,11 @@ from collections.abc import Mapping
 import torch
 
 from vllm_mixprec.checkpoint.dequantize import dequantize
+from vllm_mixprec.checkpoint.files import reopen, require_unchanged
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.checkpoint.formats.fp8 import SCALE_SUFFIXES
 from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.stored import DTYPES, read_into
 from vllm_mixprec.checkpoint.stream import read_tensors
 
 ORDERS = ("g_idx", "weight_g_idx")
@@ -70,8 +72,7 @@ class StoredWeight:
             for suffix, spec in self._tensors.items()
             if suffix not in self._whole
         }
-        names = {spec.name: suffix for suffix, spec in ranges.items()}
-        found = {names[spec.name]: tensor for spec, tensor in read_tensors(ranges.values())}
+        found = {suffix: _read(spec) for suffix, spec in ranges.items()}
         for suffix, tensor in self._whole.items():
             cut = self._cuts[suffix]
             if cut is not None:
@@ -118,6 +119,19 @@ def _narrow(spec: TensorSpec, part: slice) -> TensorSpec:
         start=spec.start + part.start * row_bytes,
         end=spec.start + part.stop * row_bytes,
     )
+
+
+def _read(spec: TensorSpec) -> torch.Tensor:
+    """Read one tensor, in this thread: what others allocate, their own heaps keep for long.
+
+    Raises:
+        CheckpointError: the file changed since its header was read.
+    """
+    raw = torch.empty(spec.nbytes, dtype=torch.uint8)
+    with open(reopen(spec.file, spec.stamp), "rb", buffering=0) as file:
+        read_into(raw, file.fileno(), spec.start, spec)
+        require_unchanged(spec.file, file.fileno(), spec.stamp)
+    return raw.view(DTYPES[spec.dtype]).view(spec.shape)
 
 
 def tile_of(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
