@@ -12,6 +12,7 @@ from vllm_mixprec.checkpoint.index import Checkpoint, local_path
 from vllm_mixprec.errors import CheckpointError, PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.agreement import compare_headers, report_split_selections
+from vllm_mixprec.routing.arithmetic import compare_arithmetic
 from vllm_mixprec.routing.assign import used_sources
 from vllm_mixprec.routing.findings import Finding, FindingLog, source_place
 from vllm_mixprec.routing.kernels import Platform, detect_platform
@@ -38,11 +39,14 @@ class Report:
         bytes_per_rank: what the weights take in memory as served, by rank as :class:`Layout`
             numbers them; empty when a source is missing or a module cannot be routed.
         table: the route table; None when there are errors.
+        sampled_routers: sources that are on the hub, of whose routers only the first rows were
+            compared with the base's.
     """
 
     findings: tuple[Finding, ...]
     bytes_per_rank: tuple[int, ...]
     table: RouteTable | None
+    sampled_routers: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -55,6 +59,7 @@ class Report:
             "ok": self.ok,
             "findings": [finding.to_dict() for finding in self.findings],
             "bytes_per_rank": list(self.bytes_per_rank),
+            "sampled_routers": list(self.sampled_routers),
         }
         if self.table is not None:
             layout = self.table.layout
@@ -152,8 +157,9 @@ def examine(
     compare_headers(checkpoints[plan.base], layout.draft, log)
     for name in compare_configs(plan, checkpoints, log):
         del checkpoints[name]  # what another model's files lack or hold is no news
+    compare_arithmetic(plan, checkpoints, log)
     step("comparing routers", len(sources))
-    compare_routers(plan, checkpoints, log)
+    sampled = compare_routers(plan, checkpoints, log)
     step("routing modules", len(sources) + 1)
     try:
         table = build_table(plan, checkpoints, layout, platform, log, dtype)
@@ -168,7 +174,8 @@ def examine(
         step("reading tensors", len(sources) + 2)
         _read_tensors(table, checkpoints, log, has_bar=progress is not None)
     step("done", steps)
-    return Report(log.findings(), bytes_per_rank, None if log.has_errors else table), checkpoints
+    served = None if log.has_errors else table
+    return Report(log.findings(), bytes_per_rank, served, sampled), checkpoints
 
 
 def _report_cache_scales(table: RouteTable, log: FindingLog) -> None:

@@ -68,7 +68,7 @@ class StoredWeight:
     def read_rows(self, low: int, high: int) -> dict[str, torch.Tensor]:
         """Return all stored tensors of rows ``low`` to ``high``, as if there were no others."""
         ranges = {
-            suffix: _narrow(spec, _part(spec.shape[0], self._rows(suffix), low, high))
+            suffix: spec.rows(_part(spec.shape[0], self._rows(suffix), low, high))
             for suffix, spec in self._tensors.items()
             if suffix not in self._whole
         }
@@ -77,7 +77,7 @@ class StoredWeight:
             cut = self._cuts[suffix]
             if cut is not None:
                 part = _part(tensor.shape[cut], self._rows(suffix), low, high)
-                tensor = tensor[part] if cut == 0 else tensor[:, part]
+                tensor = tensor.narrow(cut, part.start, len(part))
             elif suffix == "weight_shape":
                 tensor = torch.tensor([high - low, self.shape[1]])
             found[suffix] = tensor
@@ -106,19 +106,9 @@ def _cut(scheme: Scheme, suffix: str, spec: TensorSpec) -> int | None:
     return None if is_one_scale else 0
 
 
-def _part(entries: int, rows: int, low: int, high: int) -> slice:
+def _part(entries: int, rows: int, low: int, high: int) -> range:
     """Return which of the entries, each of so many rows of N, hold rows ``low`` to ``high``."""
-    return slice(low // rows, min(entries, -(-high // rows)))
-
-
-def _narrow(spec: TensorSpec, part: slice) -> TensorSpec:
-    """Return the spec of a range of a tensor's first dimension."""
-    row_bytes = spec.nbytes // max(1, spec.shape[0])
-    return spec._replace(
-        shape=(part.stop - part.start, *spec.shape[1:]),
-        start=spec.start + part.start * row_bytes,
-        end=spec.start + part.stop * row_bytes,
-    )
+    return range(low // rows, min(entries, -(-high // rows)))
 
 
 def _read(spec: TensorSpec) -> torch.Tensor:
