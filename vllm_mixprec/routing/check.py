@@ -11,10 +11,11 @@ from vllm_mixprec.checkpoint.hub import is_available
 from vllm_mixprec.checkpoint.index import Checkpoint, local_path
 from vllm_mixprec.errors import CheckpointError, PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan.plan import Plan
-from vllm_mixprec.routing.agreement import compare_headers, report_split_selections
+from vllm_mixprec.routing.agreement import compare_headers
 from vllm_mixprec.routing.arithmetic import compare_arithmetic
 from vllm_mixprec.routing.assign import used_sources
 from vllm_mixprec.routing.findings import Finding, FindingLog, source_place
+from vllm_mixprec.routing.indexers import report_split_selections
 from vllm_mixprec.routing.kernels import Platform, detect_platform
 from vllm_mixprec.routing.norms import compare_norms
 from vllm_mixprec.routing.route import Layout
