@@ -35,7 +35,7 @@ from vllm_mixprec.routing.structure import ModelDims
 from vllm_mixprec.routing.table import RouteTable
 from vllm_mixprec.routing.verdicts import Verdicts
 
-_CHUNK_WEIGHTS = 1 << 20  # 4 MiB in float32, of which some fifteen live at a time
+_CHUNK_WEIGHTS = 1 << 19  # 2 MiB in float32, of which some fifteen live at a time
 _FOLD_PASSES = 4  # over a weight, to find factors of rows and of columns that both vary
 
 _FORMATS = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
@@ -70,7 +70,7 @@ def examine(
     """Read every tensor that is served and report what is wrong with it.
 
     Some 50 MiB of tensors live at a time, besides the stored words of one GPTQ or AWQ module and
-    of its counterpart, and two kilobytes for each weight that was read.
+    of its counterpart, and a kilobyte for each weight that was read.
 
     Args:
         advance: told the bytes of each module that is done; :func:`count_bytes` in all.
@@ -222,7 +222,8 @@ def _scan(pair: _Pair, table: RouteTable, log: FindingLog) -> Comparison | None:
     """Read both weights; report values that cannot be, and return the comparison without any."""
     source, base = pair.source, pair.base
     columns = prod(source.shape) // max(1, source.shape[0])
-    comparison = Comparison(columns) if base is not None else None
+    rows = source.shape[0] if source.shape else 1
+    comparison = Comparison(rows, columns) if base is not None else None
     broken: dict[tuple[str, str], str] = {}
     for low, high in pair.chunks:
         stored = source.read_rows(low, high)
@@ -299,7 +300,7 @@ def _find_folded(pair: _Pair, comparison: Comparison) -> frozenset[str]:
         return frozenset()
     columns = comparison.column_factors()
     for _ in range(_FOLD_PASSES):
-        fit = FoldedFit(columns)
+        fit = FoldedFit(columns, torch.zeros(comparison.rows, dtype=torch.float64))
         for low, high in pair.chunks:
             fit.add(*(one.dequantize(one.read_rows(low, high)) for one in _both(pair)))
         if fit.explains(comparison):

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
-import torch
-
-from vllm_mixprec.routing.disagreement import Comparison, similarity
+from vllm_mixprec.routing.disagreement import Comparison, directions
 from vllm_mixprec.routing.findings import FindingLog, generalise
 from vllm_mixprec.routing.norms import feeding_norm
 from vllm_mixprec.routing.route import Route
@@ -43,14 +41,14 @@ class _Strange:
     error: float
     bound: float
     is_zero: bool
-    sample: torch.Tensor
+    sample: bytes
 
 
 @dataclass
 class _Layer:
     """Of one layer, samples of the base's weights, and what sources hold that is not theirs."""
 
-    base: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = field(default_factory=dict)
+    base: dict[str, tuple[bytes, tuple[int, ...]]] = field(default_factory=dict)
     strange: list[_Strange] = field(default_factory=list)
 
 
@@ -131,11 +129,11 @@ class Verdicts:
         """Report weights that are not the base's, and which others of the layer they are."""
         base = self._table.plan.base
         swapped: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        twins = _find_twins(layer)
         for weight in layer.strange:
             name, source = weight.name, weight.route.source
-            other = _find_twin(weight, layer)
-            if other is not None:
-                swapped.setdefault((source, generalise(name)), []).append((name, other))
+            if name in twins:
+                swapped.setdefault((source, generalise(name)), []).append((name, twins[name]))
             elif weight.is_zero:
                 log.add(
                     "error",
@@ -187,15 +185,20 @@ class Verdicts:
                 )
 
 
-def _find_twin(weight: _Strange, layer: _Layer) -> str | None:
-    """Return the name of the layer's other weight that a source holds in a weight's place."""
-    alike = {
-        name: similarity(weight.sample, sample)
-        for name, (sample, shape) in layer.base.items()
-        if shape == weight.shape
-    }
-    twin = max(alike, key=lambda name: alike[name], default=None)
-    return twin if twin is not None and twin != weight.name and alike[twin] > _ALIKE else None
+def _find_twins(layer: _Layer) -> dict[str, str]:
+    """Return strange weight -> the layer's other weight that the source holds in its place."""
+    twins = {}
+    for shape in {weight.shape for weight in layer.strange}:
+        weights = [weight for weight in layer.strange if weight.shape == shape]
+        base = [name for name, (_, other) in layer.base.items() if other == shape]
+        alike = directions([weight.sample for weight in weights]) @ (
+            directions([layer.base[name][0] for name in base]).t()
+        )
+        likeness, found = alike.max(1)
+        for weight, best, index in zip(weights, likeness.tolist(), found.tolist(), strict=True):
+            if best > _ALIKE and base[index] != weight.name:
+                twins[weight.name] = base[index]
+    return twins
 
 
 def _partners(module: str, side: str, routes: Mapping[str, Route]) -> list[str]:
