@@ -15,8 +15,7 @@ from tests.engine.mixes import ROOT
 from tests.routing.models import FIXTURES, edit_json
 
 ROWS, COLUMNS = 8192, 4096
-FLOAT32_MIB = ROWS * COLUMNS * 4 >> 20
-CEILING_MIB = 128
+CEILING_MIB = 128  # the tensor has as many in float32, and its base again
 
 CHILD = """
 import json, sys
@@ -77,5 +76,5 @@ def test_large_tensor_is_compared_a_few_rows_at_a_time(models: Path) -> None:
     assert peak(models, deep._CHUNK_WEIGHTS) < CEILING_MIB
 
 
-def test_the_measure_finds_a_tensor_that_is_read_whole(models: Path) -> None:
-    assert peak(models, ROWS * COLUMNS) > 2 * FLOAT32_MIB
+def test_the_measure_finds_a_tensor_that_is_read_in_large_parts(models: Path) -> None:
+    assert peak(models, ROWS * COLUMNS // 8) > CEILING_MIB
