@@ -55,7 +55,8 @@ class Expression:
         Raises:
             ValueError: the name is too long for such an expression.
         """
-        self._require_short(name)
+        if len(name) > self.longest:
+            raise self._too_long(name)
         return self.regex.fullmatch(name)
 
     def match(self, name: str) -> re.Match[str] | None:
@@ -64,16 +65,16 @@ class Expression:
         Raises:
             ValueError: the name is too long for such an expression.
         """
-        self._require_short(name)
+        if len(name) > self.longest:
+            raise self._too_long(name)
         return self.regex.match(name)
 
-    def _require_short(self, name: str) -> None:
-        if len(name) > self.longest:
-            raise ValueError(
-                f"the regular expression {_cut(self.regex.pattern)} can match a name of "
-                f"{len(name)} characters in more than {MAX_WAYS} ways, expected a name of at most "
-                f"{self.longest}: {_cut(name)}. Write fewer repeats into the expression"
-            )
+    def _too_long(self, name: str) -> ValueError:
+        return ValueError(
+            f"the regular expression {_cut(self.regex.pattern)} can match a name of "
+            f"{len(name)} characters in more than {MAX_WAYS} ways, expected a name of at most "
+            f"{self.longest}: {_cut(name)}. Write fewer repeats into the expression"
+        )
 
 
 def compile_expression(text: str) -> Expression:

@@ -4,7 +4,7 @@
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from vllm_mixprec.routing import Finding, Platform, Report
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "random-moe"
 SOURCES = ("bf16", "fp8", "gptq", "gptq-asym")
+ARCHITECTURES = Path(__file__).parents[1] / "fixtures" / "architectures"
+OF_ARCHITECTURES = ("bf16", "fp8", "int4")
+"""Sources of each folder in ARCHITECTURES, and of the demo model."""
 CPU = Platform("cpu-avx512")
 
 Tensor = tuple[str, list[int], bytes]
@@ -26,14 +29,18 @@ def copy_models(folder: Path) -> Path:
 
 
 def make_plan(
-    *rules: tuple[str, str], base: str = "bf16", folder: Path = FIXTURES, **options: str
+    *rules: tuple[str, str],
+    base: str = "bf16",
+    folder: Path = FIXTURES,
+    sources: Sequence[str] = SOURCES,
+    **options: str,
 ) -> Plan:
-    """Build a plan over the fixtures, or over a folder with copies of them."""
+    """Build a plan over the fixtures, or over another folder with such ``sources``."""
     return Plan.from_dict(
         {
             "version": 1,
             "base": base,
-            "sources": {name: {"path": name} for name in SOURCES},
+            "sources": {name: {"path": name} for name in sources},
             "rules": [{"match": match, "source": source} for match, source in rules],
             "options": options,
         },

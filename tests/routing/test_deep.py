@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.mixes import ROOT
-from tests.routing.models import CPU, make_plan, only
+from tests.routing.models import ARCHITECTURES, CPU, OF_ARCHITECTURES, make_plan, only
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Finding, Report, check
 
-ARCHITECTURES = ROOT / "tests" / "fixtures" / "architectures"
 EXPERTS = "model.layers.0.mlp.experts"
 LINEARS = "re:.*(_proj|_proj_with_mqa|indexer\\.wk)"
 """What quantisers quantise."""
@@ -78,18 +77,8 @@ MODELS = [ROOT / "examples" / "demo-moe", *sorted(ARCHITECTURES.iterdir())]
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 def test_every_architecture_agrees_with_its_base(folder: Path) -> None:
-    plan = Plan.from_dict(
-        {
-            "version": 1,
-            "base": "bf16",
-            "sources": {name: {"path": str(folder / name)} for name in ("bf16", "fp8", "int4")},
-            "rules": [
-                {"match": "**.experts", "source": "int4"},
-                {"match": LINEARS, "source": "fp8"},
-            ],
-        }
-    )
-    report = deep(plan)
+    rules = (("**.experts", "int4"), (LINEARS, "fp8"))
+    report = deep(make_plan(*rules, folder=folder, sources=OF_ARCHITECTURES))
     assert [f for f in report.findings if f.level == "error"] == []
     assert report.table is not None
     formats = {route.stored.format for route in report.table.routes.values()}

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
 import pytest
 
+from tests.routing.headers import TINY_GLM, glm_header, write_checkpoint
+from tests.routing.models import CPU, make_plan, only
+from vllm_mixprec.routing import Report, check
 from vllm_mixprec.routing.fused import Unit, group_units, parse_expert, unquantized_reason
 
 
@@ -87,3 +92,29 @@ def test_modules_that_vllm_never_packs_are_named(module: str, what: str) -> None
 )
 def test_modules_that_vllm_packs_have_no_reason(module: str) -> None:
     assert unquantized_reason(module) is None
+
+
+def check_q_rank(folder: Path, rank: int) -> Report:
+    """Check a GLM whose q_a_proj has ``rank`` rows, its attention in FP8 blocks of 128 x 128."""
+    config = TINY_GLM | {"q_lora_rank": rank, "num_nextn_predict_layers": 0}
+    for name in ("bf16", "fp8"):
+        write_checkpoint(folder / name, config, glm_header(config, fp8=name == "fp8"))
+    rule = ("**.self_attn.*_proj*", "fp8")
+    return check(make_plan(rule, folder=folder, sources=("bf16", "fp8")), platform=CPU)
+
+
+def test_part_that_ends_inside_a_block_is_a_warning_with_its_cost(tmp_path: Path) -> None:
+    """No block of whole 32 rows, as kernels take them, begins where q_a_proj's 144 rows end."""
+    finding = only(check_q_rank(tmp_path, 144), "fused-seam")
+    assert (finding.level, finding.where) == (
+        "warning",
+        "model.layers.*.self_attn.{q_a_proj,kv_a_proj_with_mqa}",
+    )
+    assert "q_a_proj ends inside a block: its 144 rows are no multiple of 128" in finding.message
+    # 144 rows and 192 of kv_a_proj_with_mqa, of 256 columns, in BF16 for FP8 and four scales each.
+    assert f"costs {4 * (336 * 256 - 2 * 4 * 4) / 1024:.1f} KiB" in finding.message
+
+
+def test_part_that_ends_where_a_smaller_block_does_is_served_packed(tmp_path: Path) -> None:
+    codes = {finding.code for finding in check_q_rank(tmp_path, 160).findings}
+    assert "fused-seam" not in codes

@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 
 from tests.engine.mixes import ROOT
-from tests.routing.models import CPU, Tensor, copy_models, edit_tensors, make_plan
+from tests.routing.models import (
+    ARCHITECTURES,
+    CPU,
+    OF_ARCHITECTURES,
+    Tensor,
+    copy_models,
+    edit_tensors,
+    make_plan,
+)
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Layout, Platform, RouteTable, load_route_table
 from vllm_mixprec.routing.parts import describe_layers, fold_layers, layer_parts, spell_layers
-
-GLM = ROOT / "tests" / "fixtures" / "architectures" / "glm_moe_dsa"
 
 
 def demo(platform: Platform = CPU) -> RouteTable:
@@ -22,16 +28,11 @@ def demo(platform: Platform = CPU) -> RouteTable:
 
 def glm(draft: bool) -> RouteTable:
     """Experts of the last layer and of the MTP layer in int4, an indexer's wk in FP8."""
-    plan = Plan.from_dict(
-        {
-            "version": 1,
-            "base": "bf16",
-            "sources": {name: {"path": str(GLM / name)} for name in ("bf16", "fp8", "int4")},
-            "rules": [
-                {"match": "model.layers.0.self_attn.indexer.wk", "source": "fp8"},
-                {"match": "model.layers.2.mlp.experts", "source": "int4"},
-            ],
-        }
+    plan = make_plan(
+        ("model.layers.0.self_attn.indexer.wk", "fp8"),
+        ("model.layers.2.mlp.experts", "int4"),
+        folder=ARCHITECTURES / "glm_moe_dsa",
+        sources=OF_ARCHITECTURES,
     )
     return load_route_table(plan, layout=Layout(draft=draft), platform=CPU)
 

@@ -35,7 +35,7 @@ def parse_json(raw: bytes) -> Any:
         parsed = load()
         if not _has_every_key(parsed, raw):
             parsed = load(object_pairs_hook=_unique_keys)
-        if b"\\u" in raw:  # only an escape spells half a pair, which no file or terminal takes
+        if b"\\" in raw:  # only an escape spells half a pair, which no file or terminal takes
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError("nested too deeply") from error

@@ -92,6 +92,15 @@ class TensorSpec(NamedTuple):
             return self.end - self.start
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
+    def rows(self, rows: range) -> "TensorSpec":
+        """Return the spec of some neighbouring rows, of a tensor without a ``view``."""
+        row_bytes = self.nbytes // max(1, self.shape[0])
+        return self._replace(
+            shape=(len(rows), *self.shape[1:]),
+            start=self.start + rows.start * row_bytes,
+            end=self.start + rows.stop * row_bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RawHeader:
@@ -242,9 +251,7 @@ def _parse_entry(
             f"data_offsets span {end - start} bytes",
             f"{nbytes:g} for {dtype} of shape {dims}",
         )
-    return TensorSpec(
-        name, kind[0], kind[1], file, data_start + start, data_start + end, stamp=stamp
-    )
+    return TensorSpec(name, *kind, file, data_start + start, data_start + end, None, stamp)
 
 
 def _parse_kind(file: Path, name: str, dtype: Any, dims: Any) -> tuple[_Kind, float]:

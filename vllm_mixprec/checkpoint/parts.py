@@ -24,6 +24,9 @@ from vllm_mixprec.errors import CheckpointError
 Groups = Mapping[str, dict[str, TensorSpec]]
 """Module -> suffix -> spec, as the files name them."""
 
+# Of a module's tensors suffix, dtype and shape: all that tells how it is stored.
+_Looks = tuple[tuple[str, str, tuple[int, ...]], ...]
+
 # A fused linear -> its parts along N.
 _LINEARS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -115,10 +118,18 @@ def read_modules(
     for stack in _gather_stacks(groups, text):
         by_group |= dict.fromkeys(stack.groups, stack)
     seen: set[str] = set()
+    sound: dict[_Looks, Module] = {}
     for name, tensors in groups.items():
         found = by_group.get(name)
         if found is None:
-            module = recognise(name, tensors, quantization)
+            looks = tuple([(s, spec.dtype, spec.shape) for s, spec in tensors.items()])
+            twin = sound.get(looks)
+            if twin is not None:
+                module = Module(name, tensors, twin.scheme, twin.shape, ())
+            else:
+                module = recognise(name, tensors, quantization)
+                if quantization.is_uniform and not module.problems:
+                    sound[looks] = module
             yield from _split_linear(module, text) or (module,)
         elif found.name not in seen:
             seen.add(found.name)

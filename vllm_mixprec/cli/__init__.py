@@ -5,17 +5,16 @@ Exit codes: 0 fine, 1 findings or a failure that the message explains, 2 usage.
 """
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import vllm_mixprec
-from vllm_mixprec.cli import check, compose, doctor, inspect, plan, stats
-from vllm_mixprec.cli.output import print_json
 from vllm_mixprec.errors import MixPrecError
 
-# Each module has add_parser(commands) and run(arguments) -> exit code.
-COMMANDS = (inspect, plan, check, compose, stats, doctor)
+# Modules beside this one; each has add_parser(commands) and run(arguments) -> exit code.
+COMMANDS = ("inspect", "plan", "check", "compose", "stats", "doctor")
 
 
 class _Version(argparse.Action):
@@ -26,8 +25,11 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of the command that ``argv`` begins with; of all where it is none.
+
+    The others need not be imported then: ``stats`` brings numpy, for one.
+    """
     parser = argparse.ArgumentParser(
         prog="vllm-mixprec",
         description="Serve one MoE model out of several checkpoints of different precision.",
@@ -36,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for name in argv[:1] if argv and argv[0] in COMMANDS else COMMANDS:
+        command = importlib.import_module(f"vllm_mixprec.cli.{name}")
         added = command.add_parser(commands)
         added.formatter_class = argparse.RawDescriptionHelpFormatter
         added.add_argument(
@@ -54,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, with code 2 for wrong usage and 0 for ``--help``.
     """
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(argv).parse_args(argv)
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -62,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MixPrecError as error:
         print(f"error: {error}", file=sys.stderr)
         if arguments.json:
+            from vllm_mixprec.cli.output import print_json
+
             print_json(
                 {"ok": False, "error": {"type": type(error).__name__, "message": str(error)}}
             )

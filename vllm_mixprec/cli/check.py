@@ -144,6 +144,9 @@ def _plan_findings(plan: Path, error: PlanError) -> tuple[Finding, ...]:
 def _print(report: Report, arguments: argparse.Namespace) -> None:
     print_findings(report.findings)
     print_bytes_per_rank(report, arguments.tensor_parallel_size)
+    if report.sampled_routers:
+        sources = ", ".join(report.sampled_routers)
+        print(f"Routers of {sources}: the first rows were compared, the rest is on the hub.")
     counts = count_findings(report.findings)
     if report.table is None:
         print(f"{arguments.plan}: {counts}. The plan cannot be served.")

@@ -14,19 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan.patterns import Pattern, compile_pattern
+from vllm_mixprec.plan.yaml_file import Location, load_yaml
 
-MAX_FILE_BYTES = 8 << 20
 MAX_PROBLEMS = 100
-MAX_DEPTH = 32
-MAX_SCALARS = 250_000
-"""Of one file: PyYAML takes half a kilobyte for each; a mapping of 100,000 modules has 200,000."""
-MAX_ALIASED_NODES = 100_000
-"""How many nodes the aliases of a file may repeat: far above use, far below a "billion laughs"."""
-
-_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The same language; libyaml's parser is ten times as fast where PyYAML was built with it."""
-
-_Location = tuple[Hashable, ...]
 _SHAPE = "version:, base:, sources: and rules:"
 
 
@@ -69,9 +59,10 @@ class Rule(_Schema):
         """The rule's line in the plan's file, from 1; None for a plan that has no file."""
         return self._line
 
-    def matches(self, module: str) -> bool:
-        """Whether the rule matches a module, by its name in the base checkpoint."""
-        return self._matches(module)
+    @property
+    def matches(self) -> Pattern:
+        """Tells whether the rule matches a module, by its name in the base checkpoint."""
+        return self._matches
 
     def model_post_init(self, context: Any, /) -> None:
         """Compile the pattern once; a malformed one is a PlanError."""
@@ -118,7 +109,7 @@ class Plan(_Schema):
                 message begins with ``file:line``.
         """
         file = Path(path)
-        data, lines = _load_yaml(file)
+        data, lines = load_yaml(file)
         file = file.absolute()
         return _build(cls, data, _Where(str(path), lines), file, file.parent)
 
@@ -150,17 +141,17 @@ class Plan(_Schema):
 class _Where:
     """Says where in the plan something was found: ``file:line``, or ``plan`` and the key."""
 
-    def __init__(self, file: str | None, lines: Mapping[_Location, int]) -> None:
+    def __init__(self, file: str | None, lines: Mapping[Location, int]) -> None:
         self.file = file
         self.lines = lines
 
-    def line(self, location: _Location) -> int:
+    def line(self, location: Location) -> int:
         """Return the line of a location, or of the nearest thing around it."""
         while location and location not in self.lines:
             location = location[:-1]
         return self.lines.get(location, 1)
 
-    def __call__(self, location: _Location) -> str:
+    def __call__(self, location: Location) -> str:
         key = ".".join(str(part) for part in location)
         if self.file is None:
             return f"plan: {key}" if key else "plan"
@@ -193,7 +184,7 @@ def _build(
 def _refuse_older_spelling(data: Mapping[str, Any], where: _Where) -> None:
     model = data.get("model")
     if "mixed_precision" in data:
-        location: _Location = ("mixed_precision",)
+        location: Location = ("mixed_precision",)
     elif isinstance(model, Mapping) and "mixed_precision" in model:
         location = ("model", "mixed_precision")
     else:
@@ -208,7 +199,7 @@ def _refuse_older_spelling(data: Mapping[str, Any], where: _Where) -> None:
 
 def _mapping_to_rules(
     data: Mapping[str, Any], where: _Where
-) -> tuple[Mapping[str, Any], list[_Location]]:
+) -> tuple[Mapping[str, Any], list[Location]]:
     """Turn ``weight_mapping`` into rules; also return where each rule was written."""
     if "weight_mapping" not in data:
         rules = data.get("rules")
@@ -238,7 +229,7 @@ def _mapping_to_rules(
 
 
 def _explain_patterns(
-    data: Mapping[str, Any], locations: list[_Location], where: _Where
+    data: Mapping[str, Any], locations: list[Location], where: _Where
 ) -> Iterator[str]:
     """Say what is wrong with each malformed pattern."""
     for rule, location in zip(data["rules"], locations, strict=True):
@@ -250,9 +241,9 @@ def _explain_patterns(
                 yield f"{where(location)}: {error}"
 
 
-def _unknown_sources(plan: Plan, locations: list[_Location], where: _Where) -> Iterator[str]:
+def _unknown_sources(plan: Plan, locations: list[Location], where: _Where) -> Iterator[str]:
     """Say which rules, or the base, name a source that is not there."""
-    named: list[tuple[str, _Location]] = [(plan.base, ("base",))]
+    named: list[tuple[str, Location]] = [(plan.base, ("base",))]
     named += [(rule.source, location) for rule, location in zip(plan.rules, locations, strict=True)]
     return (
         f"{where(location)}: source {_show(name)} is not among sources:, expected "
@@ -273,7 +264,7 @@ def _join(problems: Iterator[str]) -> str:
 
 def _explain(error: Any, where: _Where) -> str:
     """Turn one error of pydantic into where, found, expected, remedy."""
-    location: _Location = error["loc"]
+    location: Location = error["loc"]
     found = _show(error["input"])
     if location[-1:] == ("[key]",):
         key = (*location[:-2], str(location[-2]))
@@ -304,7 +295,7 @@ def _explain(error: Any, where: _Where) -> str:
             return f"{where(location)}: found {found}: {error['msg']}."
 
 
-def _keys(location: _Location) -> list[str]:
+def _keys(location: Location) -> list[str]:
     """Return the keys that the mapping has in which ``location`` names a key."""
     match location[:-1]:
         case ():
@@ -329,128 +320,3 @@ def _show(value: Any) -> str:
     text = f'"{value}"' if isinstance(value, str) else repr(value)
     text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair has no UTF-8
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _load_yaml(file: Path) -> tuple[Any, dict[_Location, int]]:
-    """Parse one YAML document without running anything in it.
-
-    Returns:
-        The data, and the line of each key and list item by its location in the data.
-    """
-    try:
-        with open(file, "rb") as stream:
-            raw = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise PlanError(
-            f"{file}: cannot be read ({error.strerror or error}). Correct the plan's path."
-        ) from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise PlanError(
-            f"{file}: larger than {MAX_FILE_BYTES} bytes, expected a plan. Use patterns in "
-            "place of one rule for each module."
-        )
-    lines: dict[_Location, int] = {}
-    try:
-        _check_depth(file, raw)
-        loader = _SafeLoader(raw)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None, lines
-            _NodeCheck(file, lines).visit(node, ())
-            return loader.construct_document(node), lines
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise PlanError(
-            f"{file}:{line}: not valid YAML ({error.problem or error.context}). Correct the line."
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise PlanError(f"{file}:1: not valid YAML ({reason}). Correct the file.") from error
-
-
-def _check_depth(file: Path, raw: bytes) -> None:
-    """Bound depth and size before anything recurses: libyaml's composer would overrun the stack."""
-    depth = scalars = 0
-    for event in yaml.parse(raw, Loader=_SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH:
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                raise PlanError(
-                    f"{file}:{line}: nested more than {MAX_DEPTH} deep, "
-                    "expected a plan. Correct the brackets."
-                )
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.ScalarEvent):
-            scalars += 1
-            if scalars > MAX_SCALARS:
-                raise PlanError(
-                    f"{file}:1: more than {MAX_SCALARS} keys and values, expected a plan. Use "
-                    "patterns in place of one rule for each module."
-                )
-
-
-class _NodeCheck:
-    """Walks a YAML document: notes lines, refuses duplicate keys and runaway aliases."""
-
-    def __init__(self, file: Path, lines: dict[_Location, int]) -> None:
-        self.file = file
-        self.lines = lines
-        self.seen: set[int] = set()
-        self.open: set[int] = set()
-        self.aliased_nodes = 0
-
-    def visit(self, node: yaml.Node, location: _Location) -> None:
-        """Visit a node and all below it, as often as aliases repeat them."""
-        if isinstance(node, yaml.ScalarNode):
-            return
-        if id(node) in self.open:
-            self._refuse(node, "an alias inside its own anchor, expected no cycle. Remove it")
-        if id(node) in self.seen:
-            self.aliased_nodes += len(node.value)
-            if self.aliased_nodes > MAX_ALIASED_NODES:
-                self._refuse(
-                    node,
-                    f"aliases repeat more than {MAX_ALIASED_NODES} nodes, expected a plan. "
-                    "Write the rules out",
-                )
-        self.seen.add(id(node))
-        self.open.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            self._visit_mapping(node, location)
-        else:
-            for i, item in enumerate(node.value):
-                self.lines.setdefault((*location, i), item.start_mark.line + 1)
-                self.visit(item, (*location, i))
-        self.open.remove(id(node))
-
-    def _visit_mapping(self, node: yaml.MappingNode, location: _Location) -> None:
-        first_lines: dict[tuple[str, str], int] = {}
-        merged = []
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                self._refuse(key, "a key that is a list or a mapping, expected a string")
-            first = first_lines.get((key.tag, key.value))
-            if first is not None:
-                self._refuse(
-                    key, f'key "{key.value}" is also in line {first}, expected once. Remove one'
-                )
-            first_lines[(key.tag, key.value)] = line
-            if key.tag == "tag:yaml.org,2002:merge":
-                merged.append(value)
-                continue
-            self.lines[(*location, key.value)] = line
-            self.visit(value, (*location, key.value))
-        for value in merged:
-            mappings = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            for mapping in mappings:
-                self.visit(mapping, location)
-
-    def _refuse(self, node: yaml.Node, what: str) -> None:
-        raise PlanError(f"{self.file}:{node.start_mark.line + 1}: {what}.")

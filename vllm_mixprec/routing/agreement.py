@@ -1,34 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint's headers hold what its config.json promises: layers, experts, indexers."""
+"""Whether a checkpoint's headers hold what its config.json promises: layers, experts, sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
-from vllm_mixprec.checkpoint.formats import Module
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.routing.findings import FindingLog
-from vllm_mixprec.routing.fused import parse_expert
-from vllm_mixprec.routing.parallel import PP_PARTITION_VARIABLE, split_layers
-from vllm_mixprec.routing.route import Layout
+from vllm_mixprec.routing.indexers import compare_indexers, compare_schedules
+from vllm_mixprec.routing.layers import Layer, gather_layers
 from vllm_mixprec.routing.sources import ROUTER_NAMES
 from vllm_mixprec.routing.structure import (
+    CONFIG_REMEDY,
     DEEPSEEK_MODEL_TYPES,
     ModelDims,
-    indexer_name,
     is_mtp_module,
-    layer_index,
-    layer_name,
-    scheduled_indexers,
     text_config,
-    typed_indexers,
 )
 
-_REMEDY = "Correct config.json, or download the checkpoint again."
-_INDEXER = "self_attn.indexer"
-_INDEXER_PARTS = ("wq_b", "wk", "weights_proj", "k_norm")
 _MTP_PARTS = frozenset({"enorm", "hnorm", "eh_proj"})
 _CORRECTION_BIAS = "e_score_correction_bias"
 
@@ -61,27 +51,6 @@ _ROWS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
 }
 
 
-@dataclass(slots=True)
-class _Layer:
-    """One layer as the headers have it.
-
-    ``name`` is ``model.layers.3``, ``modules`` are all but routed experts, by their names below
-    it; ``experts`` are the logical ids that a projection is there for, ``experts_name`` is
-    ``model.layers.3.mlp.experts``.
-    """
-
-    name: str
-    modules: dict[str, Module] = field(default_factory=dict)
-    experts: dict[str, set[int]] = field(default_factory=dict)
-    experts_name: str = ""
-
-    @property
-    def parts(self) -> set[str]:
-        """What lies right below the layer: self_attn, mlp, input_layernorm ..."""
-        below = {name.partition(".")[0] for name in self.modules}
-        return below | ({self.experts_name[len(self.name) + 1 :].partition(".")[0]} - {""})
-
-
 def compare_headers(checkpoint: Checkpoint, draft: bool, log: FindingLog) -> None:
     """Report where the headers of a checkpoint contradict its config.json.
 
@@ -100,7 +69,7 @@ def compare_headers(checkpoint: Checkpoint, draft: bool, log: FindingLog) -> Non
             f"{min(unmixable)} cannot be mixed: vLLM's class for it writes its weights in a way "
             "that no plan can follow. Serve the checkpoint as it is.",
         )
-    layers = _gather_layers(checkpoint.modules.values())
+    layers = gather_layers(checkpoint.modules.values())
     _compare_layers(layers, dims, log)
     has_mtp_modules = any(is_mtp_module(name) for name in checkpoint.modules)
     _compare_mtp(layers, dims, draft, has_mtp_modules, place, log)
@@ -113,61 +82,16 @@ def compare_headers(checkpoint: Checkpoint, draft: bool, log: FindingLog) -> Non
     if config.get("model_type") in DEEPSEEK_MODEL_TYPES:
         _compare_sizes(known, config, log)
         _compare_correction_bias(known, config, log)
-        _compare_indexers(known, dims, log)
+        compare_indexers(known, dims, log)
         if dims.index_topk is not None:
-            _compare_schedules(config, dims, place, log)
-
-
-def report_split_selections(dims: ModelDims, layout: Layout, log: FindingLog) -> None:
-    """Report pipeline stages whose first layer would reuse a selection made on another stage.
-
-    vLLM 0.32 hands only hidden states and residuals to the next stage (deepseek_v2.py and
-    models/deepseek_v32), so such a layer would attend to whatever its buffer holds.
-
-    Raises:
-        RouteError: the layers cannot be split over that many stages.
-    """
-    if dims.index_topk is None or dims.indexer_layers is None or dims.num_layers is None:
-        return
-    first = 0
-    for stage, count in enumerate(split_layers(dims.num_layers, layout.pipeline_parallel_size)):
-        if count and not dims.builds_indexer(first):
-            own = max((i for i in dims.indexer_layers if i < first), default=0)
-            log.add(
-                "error",
-                "indexer-stage",
-                f"pipeline stage {stage}",
-                f"begins with layer {first}, which reuses the selection that layer {own} makes on "
-                "an earlier stage; vLLM does not pass it on. Begin it at a layer with an indexer, "
-                f"such as {own}, through {PP_PARTITION_VARIABLE}.",
-            )
-        first += count
-
-
-def _gather_layers(modules: Iterable[Module]) -> dict[int, _Layer]:
-    """Collect the modules of each layer of the language model."""
-    layers: dict[int, _Layer] = {}
-    for module in modules:
-        name, index = layer_name(module.name), layer_index(module.name)
-        if name is None or index is None:
-            continue
-        layer = layers.get(index)
-        if layer is None:
-            layer = layers[index] = _Layer(name)
-        expert = parse_expert(module.name)
-        if expert is None:
-            layer.modules[module.name[len(name) + 1 :]] = module
-        else:
-            layer.experts.setdefault(expert.projection, set()).add(expert.expert)
-            layer.experts_name = expert.layer
-    return layers
+            compare_schedules(config, dims, place, log)
 
 
 def _is_known(index: int, dims: ModelDims) -> bool:
     return dims.num_layers is None or index < dims.num_layers or dims.is_mtp_layer(index)
 
 
-def _compare_layers(layers: Mapping[int, _Layer], dims: ModelDims, log: FindingLog) -> None:
+def _compare_layers(layers: Mapping[int, Layer], dims: ModelDims, log: FindingLog) -> None:
     if dims.num_layers is None or not layers:
         return
     promised = f"num_hidden_layers {dims.num_layers}"
@@ -180,7 +104,7 @@ def _compare_layers(layers: Mapping[int, _Layer], dims: ModelDims, log: FindingL
                 "config-layers",
                 layer.name,
                 f"the files hold this layer, expected those of {promised} in config.json. "
-                f"{_REMEDY}",
+                f"{CONFIG_REMEDY}",
                 noun="layers",
             )
     for index in range(dims.num_layers):
@@ -190,18 +114,18 @@ def _compare_layers(layers: Mapping[int, _Layer], dims: ModelDims, log: FindingL
                 "config-layers",
                 _name_of(index, layers),
                 f"the files hold nothing of this layer, expected it by {promised} in "
-                f"config.json. {_REMEDY}",
+                f"config.json. {CONFIG_REMEDY}",
                 noun="layers",
             )
 
 
-def _name_of(index: int, layers: Mapping[int, _Layer]) -> str:
+def _name_of(index: int, layers: Mapping[int, Layer]) -> str:
     """Spell the name of a layer that is not there as the others are."""
     return f"{next(iter(layers.values())).name.rpartition('.')[0]}.{index}"
 
 
 def _compare_mtp(
-    layers: Mapping[int, _Layer],
+    layers: Mapping[int, Layer],
     dims: ModelDims,
     draft: bool,
     has_mtp_modules: bool,
@@ -279,10 +203,10 @@ def _compare_groups(
                 f"{per_token} (num_experts_per_tok) or more"
             )
     for problem in problems:
-        log.add("error", "config-groups", place, f"{problem}. {_REMEDY}")
+        log.add("error", "config-groups", place, f"{problem}. {CONFIG_REMEDY}")
 
 
-def _compare_experts(layer: _Layer, is_moe: bool | None, num_experts: int, log: FindingLog) -> None:
+def _compare_experts(layer: Layer, is_moe: bool | None, num_experts: int, log: FindingLog) -> None:
     stacked = {
         module.name[: module.name.rindex("experts") + len("experts")]
         for name, module in layer.modules.items()
@@ -306,7 +230,8 @@ def _compare_experts(layer: _Layer, is_moe: bool | None, num_experts: int, log: 
                 "error",
                 "config-experts",
                 layer.name,
-                f"the files hold no experts here, expected {num_experts} by config.json. {_REMEDY}",
+                f"the files hold no experts here, expected {num_experts} by config.json. "
+                f"{CONFIG_REMEDY}",
                 noun="layers",
             )
         return
@@ -315,7 +240,7 @@ def _compare_experts(layer: _Layer, is_moe: bool | None, num_experts: int, log: 
             "error",
             "config-experts",
             layer.experts_name,
-            f"the files hold experts here, expected a dense MLP by config.json. {_REMEDY}",
+            f"the files hold experts here, expected a dense MLP by config.json. {CONFIG_REMEDY}",
             noun="layers",
         )
     expected = set(range(num_experts))
@@ -326,7 +251,7 @@ def _compare_experts(layer: _Layer, is_moe: bool | None, num_experts: int, log: 
             "config-experts",
             layer.experts_name,
             f"the files hold {_describe_ids(found, expected)}, expected 0 to {num_experts - 1} by "
-            f"config.json. {_REMEDY}",
+            f"config.json. {CONFIG_REMEDY}",
             noun="layers",
         )
     for projection, ids in layer.experts.items():
@@ -351,7 +276,7 @@ def _describe_ids(found: set[int], expected: set[int]) -> str:
     return described
 
 
-def _compare_router(layer: _Layer, num_experts: int, log: FindingLog) -> None:
+def _compare_router(layer: Layer, num_experts: int, log: FindingLog) -> None:
     block = layer.experts_name.removesuffix(".experts")[len(layer.name) + 1 :]
     sizes = []
     for leaf in sorted(ROUTER_NAMES):
@@ -370,13 +295,13 @@ def _compare_router(layer: _Layer, num_experts: int, log: FindingLog) -> None:
                 "config-experts",
                 name,
                 f"has {size} {what}, expected {num_experts}, one an expert of config.json. "
-                f"{_REMEDY}",
+                f"{CONFIG_REMEDY}",
                 noun="routers",
             )
 
 
 def _compare_correction_bias(
-    layers: Mapping[int, _Layer], config: Mapping[str, Any], log: FindingLog
+    layers: Mapping[int, Layer], config: Mapping[str, Any], log: FindingLog
 ) -> None:
     """Report routers whose correction bias vLLM's DeepseekV2MoE would not build, or not find."""
     builds = config.get("topk_method") == "noaux_tc"
@@ -389,7 +314,7 @@ def _compare_correction_bias(
             "error",
             "config-experts",
             f"{router.name}.{_CORRECTION_BIAS}",
-            f"missing, expected it as {found}. {_REMEDY}"
+            f"missing, expected it as {found}. {CONFIG_REMEDY}"
             if builds
             else f"{found}, expected 'noaux_tc', without which vLLM builds no place for this "
             "tensor. Set it.",
@@ -397,9 +322,7 @@ def _compare_correction_bias(
         )
 
 
-def _compare_sizes(
-    layers: Mapping[int, _Layer], config: Mapping[str, Any], log: FindingLog
-) -> None:
+def _compare_sizes(layers: Mapping[int, Layer], config: Mapping[str, Any], log: FindingLog) -> None:
     for name, (code, factor, keys) in _ROWS.items():
         sizes = [config.get(key) for key in (factor, *keys) if key is not None]
         if not all(isinstance(size, int) for size in sizes):
@@ -418,72 +341,5 @@ def _compare_sizes(
                 module.name,
                 f"has shape {list(module.shape)}, expected {rows} rows ({formula} in "
                 "config.json). "
-                f"{_REMEDY}",
+                f"{CONFIG_REMEDY}",
             )
-
-
-def _compare_indexers(layers: Mapping[int, _Layer], dims: ModelDims, log: FindingLog) -> None:
-    for index, layer in layers.items():
-        if dims.index_topk is None:
-            if any(indexer_name(module.name) for module in layer.modules.values()):
-                log.add(
-                    "error",
-                    "config-indexer",
-                    f"{layer.name}.{_INDEXER}",
-                    "the files hold an indexer, expected none as config.json has no index_topk: "
-                    f"vLLM would attend to every token. {_REMEDY}",
-                    noun="layers",
-                )
-        elif dims.builds_indexer(index):
-            absent = [part for part in _INDEXER_PARTS if f"{_INDEXER}.{part}" not in layer.modules]
-            norm = layer.modules.get(f"{_INDEXER}.k_norm")
-            if norm is not None:  # a LayerNorm, where the others are RMSNorm
-                absent += [f"k_norm.{s}" for s in ("weight", "bias") if s not in norm.tensors]
-            if absent:
-                log.add(
-                    "error",
-                    "config-indexer",
-                    f"{layer.name}.{_INDEXER}",
-                    f"lacks {', '.join(absent)}, expected in every layer that selects tokens "
-                    "itself (index_topk_freq, index_topk_pattern or indexer_types in "
-                    f"config.json). {_REMEDY}",
-                    noun="layers",
-                )
-
-
-def _compare_schedules(
-    config: Mapping[str, Any], dims: ModelDims, place: str, log: FindingLog
-) -> None:
-    """Report settings that say differently which layers select tokens themselves."""
-    if dims.num_layers is None:
-        return
-    num_layers, problems = dims.num_layers, []
-    pattern, types = config.get("index_topk_pattern"), config.get("indexer_types")
-    every = config.get("index_topk_freq")
-    if isinstance(every, int) and every < 1:
-        problems.append(f"index_topk_freq is {every}, expected 1 or more")
-    for key, kinds, known in (
-        ("index_topk_pattern", pattern, {"F", "S"}),
-        ("indexer_types", types, {"full", "shared"}),
-    ):
-        if kinds is None:
-            continue
-        if not isinstance(kinds, (str, list)):
-            problems.append(f"{key} is {kinds!r}, expected {num_layers} entries, one a layer")
-            continue
-        if len(kinds) != num_layers:
-            problems.append(f"{key} has {len(kinds)} entries, expected {num_layers}, one a layer")
-        if strange := sorted({str(kind) for kind in kinds} - known):
-            problems.append(f"{key} holds {strange[0]!r}, expected {' or '.join(sorted(known))}")
-        elif kinds and kinds[0] in ("S", "shared"):
-            problems.append(f"{key} begins with {kinds[0]!r}, expected a layer with an indexer")
-    scheduled, typed = scheduled_indexers(config, num_layers), typed_indexers(config)
-    if not problems and scheduled is not None and typed is not None and scheduled != typed:
-        first = min(scheduled ^ typed)
-        says, other = ("full", "shared") if first in typed else ("shared", "full")
-        problems.append(
-            f"indexer_types has layer {first} {says}, expected {other} by "
-            f"{'index_topk_freq' if pattern is None else 'index_topk_pattern'}, which vLLM reads"
-        )
-    for problem in problems:
-        log.add("error", "config-indexer", place, f"{problem}. Correct config.json.")

@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Module
 from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES
@@ -245,8 +246,13 @@ def _drop_activation_scales(
 
 def _beside_weight(module: Module) -> frozenset[str]:
     """Suffixes that are no part of how the weight is stored: bias, e_score_correction_bias."""
-    storage = FORMATS[module.scheme.format].suffixes or {"weight"}
-    return frozenset(module.tensors).difference(storage - {"bias"})
+    return _suffixes_beside_weight(module.scheme.format, tuple(module.tensors))
+
+
+@lru_cache
+def _suffixes_beside_weight(stored_format: str, suffixes: tuple[str, ...]) -> frozenset[str]:
+    storage = FORMATS[stored_format].suffixes or {"weight"}
+    return frozenset(suffixes).difference(storage - {"bias"})
 
 
 def _report_rules(plan: Plan, base: Checkpoint, matched: int, won: int, log: FindingLog) -> None:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from vllm_mixprec.checkpoint.hub import is_available
 from vllm_mixprec.checkpoint.index import Checkpoint, local_path
 from vllm_mixprec.errors import CheckpointError, PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan.plan import Plan
-from vllm_mixprec.routing.agreement import compare_headers, report_split_selections
+from vllm_mixprec.routing.agreement import compare_headers
+from vllm_mixprec.routing.arithmetic import compare_arithmetic
 from vllm_mixprec.routing.assign import used_sources
 from vllm_mixprec.routing.findings import Finding, FindingLog, source_place
+from vllm_mixprec.routing.indexers import report_split_selections
 from vllm_mixprec.routing.kernels import Platform, detect_platform
 from vllm_mixprec.routing.norms import compare_norms
 from vllm_mixprec.routing.route import Layout
@@ -40,11 +40,14 @@ class Report:
         bytes_per_rank: what the weights take in memory as served, by rank as :class:`Layout`
             numbers them; empty when a source is missing or a module cannot be routed.
         table: the route table; None when there are errors.
+        sampled_routers: sources that are on the hub, of whose routers only the first rows were
+            compared with the base's.
     """
 
     findings: tuple[Finding, ...]
     bytes_per_rank: tuple[int, ...]
     table: RouteTable | None
+    sampled_routers: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -57,6 +60,7 @@ class Report:
             "ok": self.ok,
             "findings": [finding.to_dict() for finding in self.findings],
             "bytes_per_rank": list(self.bytes_per_rank),
+            "sampled_routers": list(self.sampled_routers),
         }
         if self.table is not None:
             layout = self.table.layout
@@ -154,8 +158,9 @@ def examine(
     compare_headers(checkpoints[plan.base], layout.draft, log)
     for name in compare_configs(plan, checkpoints, log):
         del checkpoints[name]  # what another model's files lack or hold is no news
+    compare_arithmetic(plan, checkpoints, log)
     step("comparing routers", len(sources))
-    compare_routers(plan, checkpoints, log)
+    sampled = compare_routers(plan, checkpoints, log)
     step("routing modules", len(sources) + 1)
     try:
         table = build_table(plan, checkpoints, layout, platform, log, dtype)
@@ -170,7 +175,8 @@ def examine(
         step("reading tensors", len(sources) + 2)
         _read_tensors(table, checkpoints, log, has_bar=progress is not None)
     step("done", steps)
-    return Report(log.findings(), bytes_per_rank, None if log.has_errors else table), checkpoints
+    served = None if log.has_errors else table
+    return Report(log.findings(), bytes_per_rank, served, sampled), checkpoints
 
 
 def _report_cache_scales(table: RouteTable, log: FindingLog) -> None:
@@ -180,8 +186,10 @@ def _report_cache_scales(table: RouteTable, log: FindingLog) -> None:
     """
     dims = ModelDims.from_config(table.base_config)
     for module, route in table.routes.items():
+        if CACHE_SCALES.isdisjoint(route.tensors):
+            continue
         scales = CACHE_SCALES.intersection(route.tensors)
-        if scales and dims.is_loaded(module, table.layout.draft):
+        if dims.is_loaded(module, table.layout.draft):
             log.add(
                 "error",
                 "cache-scale",
@@ -196,6 +204,8 @@ def _read_tensors(
     table: RouteTable, checkpoints: Mapping[str, Checkpoint], log: FindingLog, has_bar: bool
 ) -> None:
     try:
+        from tqdm import tqdm
+
         from vllm_mixprec.routing import deep
     except ModuleNotFoundError as error:
         raise UnsupportedError(

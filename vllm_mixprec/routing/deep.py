@@ -8,8 +8,8 @@ the base, some rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from math import inf, lcm, prod
+from dataclasses import dataclass
+from math import lcm, prod
 
 import torch
 
@@ -18,9 +18,9 @@ from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.hub import is_available
 from vllm_mixprec.checkpoint.index import Checkpoint
-from vllm_mixprec.routing.disagreement import Comparison, FoldedFit, similarity
-from vllm_mixprec.routing.findings import FindingLog, generalise
-from vllm_mixprec.routing.norms import feeding_norm, is_feeding_norm
+from vllm_mixprec.routing.disagreement import Comparison, FoldedFit
+from vllm_mixprec.routing.findings import FindingLog
+from vllm_mixprec.routing.norms import is_feeding_norm
 from vllm_mixprec.routing.route import Route
 from vllm_mixprec.routing.stored import (
     ORDERS,
@@ -31,24 +31,14 @@ from vllm_mixprec.routing.stored import (
     tile_mean,
     tile_of,
 )
-from vllm_mixprec.routing.structure import ModelDims, layer_name
+from vllm_mixprec.routing.structure import ModelDims
 from vllm_mixprec.routing.table import RouteTable
+from vllm_mixprec.routing.verdicts import Verdicts
 
-_CHUNK_WEIGHTS = 1 << 20  # 4 MiB in float32, of which some fifteen live at a time
+_CHUNK_WEIGHTS = 1 << 19  # 2 MiB in float32, of which some fifteen live at a time
 _FOLD_PASSES = 4  # over a weight, to find factors of rows and of columns that both vary
-_ALIKE = 0.8  # similarity from which a weight is taken for another one of the base
 
 _FORMATS = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
-
-# Module -> what divides its input by the factors that were folded into its columns, and what takes
-# the factors of its rows back; siblings, where no norm does. A source is consistent in itself.
-_COLUMNS_FROM = {"down_proj": ("up_proj",), "w2": ("w3",), "o_proj": ("v_proj", "kv_b_proj")}
-_ROWS_TO = {
-    "up_proj": ("down_proj",),
-    "w3": ("w2",),
-    "v_proj": ("o_proj",),
-    "kv_b_proj": ("o_proj",),
-}
 
 
 @dataclass(frozen=True)
@@ -71,35 +61,6 @@ class _Pair:
             yield low, min(low + rows, n)
 
 
-@dataclass
-class _Samples:
-    """Of one layer, samples of the base's weights, and what sources hold that is not theirs."""
-
-    base: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = field(default_factory=dict)
-    strange: list[tuple[_Pair, Comparison]] = field(default_factory=list)
-
-
-class _Gathered:
-    """Findings with a measured number, put together to one for names that differ in numbers."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, str, str, str], dict[str, tuple[float, float]]] = {}
-
-    def add(self, code: str, source: str, text: str, name: str, value: float, bound: float) -> None:
-        """Add one; ``text`` has ``{value}`` and ``{bound}`` in it."""
-        key = (code, source, text, generalise(name))
-        self._found.setdefault(key, {})[name] = (value, bound)
-
-    def report(self, log: FindingLog) -> None:
-        """Log them."""
-        for (code, _, text, _), found in self._found.items():
-            values, bounds = zip(*found.values(), strict=True)
-            low, high = min(values), max(values)
-            value = _spell(low) if low == high else f"{_spell(low)} to {_spell(high)}"
-            for name in found:
-                log.add("error", code, name, text.format(value=value, bound=_spell(max(bounds))))
-
-
 def examine(
     table: RouteTable,
     checkpoints: Mapping[str, Checkpoint],
@@ -108,7 +69,8 @@ def examine(
 ) -> None:
     """Read every tensor that is served and report what is wrong with it.
 
-    Some 50 MiB of tensors live at a time, besides the stored words of one GPTQ or AWQ module.
+    Some 50 MiB of tensors live at a time, besides the stored words of one GPTQ or AWQ module and
+    of its counterpart, and a kilobyte for each weight that was read.
 
     Args:
         advance: told the bytes of each module that is done; :func:`count_bytes` in all.
@@ -116,9 +78,7 @@ def examine(
     Raises:
         CheckpointError: a file changed since its header was read.
     """
-    gathered = _Gathered()
-    layers: dict[str, _Samples] = {}
-    folded: dict[str, frozenset[str]] = {}
+    verdicts = Verdicts(table)
     for route, module, base in _modules(table, checkpoints):
         if not module.problems and module.shape == route.shape:
             for pair in _pairs(route, base):
@@ -127,15 +87,12 @@ def examine(
                     continue
                 sides = _find_folded(pair, comparison)
                 if sides:
-                    folded[route.module] = sides
+                    verdicts.add_folded(route, sides)
                 else:
-                    samples = layers.setdefault(layer_name(route.module) or "", _Samples())
-                    _judge(pair, comparison, samples, table, gathered)
+                    source = pair.source
+                    verdicts.add(pair.name, route, source.shape, source.scheme.label, comparison)
         advance(route.stored_bytes + (base.nbytes if base is not None else 0))
-    for samples in layers.values():
-        _report_strange(samples, table, gathered, log)
-    _report_folded(table, folded, log)
-    gathered.report(log)
+    verdicts.report(log)
 
 
 def count_bytes(table: RouteTable, checkpoints: Mapping[str, Checkpoint]) -> int:
@@ -265,7 +222,8 @@ def _scan(pair: _Pair, table: RouteTable, log: FindingLog) -> Comparison | None:
     """Read both weights; report values that cannot be, and return the comparison without any."""
     source, base = pair.source, pair.base
     columns = prod(source.shape) // max(1, source.shape[0])
-    comparison = Comparison(columns) if base is not None else None
+    rows = source.shape[0] if source.shape else 1
+    comparison = Comparison(rows, columns) if base is not None else None
     broken: dict[tuple[str, str], str] = {}
     for low, high in pair.chunks:
         stored = source.read_rows(low, high)
@@ -342,7 +300,7 @@ def _find_folded(pair: _Pair, comparison: Comparison) -> frozenset[str]:
         return frozenset()
     columns = comparison.column_factors()
     for _ in range(_FOLD_PASSES):
-        fit = FoldedFit(columns)
+        fit = FoldedFit(columns, torch.zeros(comparison.rows, dtype=torch.float64))
         for low, high in pair.chunks:
             fit.add(*(one.dequantize(one.read_rows(low, high)) for one in _both(pair)))
         if fit.explains(comparison):
@@ -354,117 +312,3 @@ def _find_folded(pair: _Pair, comparison: Comparison) -> frozenset[str]:
 def _both(pair: _Pair) -> tuple[StoredWeight, StoredWeight]:
     assert pair.base is not None
     return pair.source, pair.base
-
-
-def _judge(
-    pair: _Pair,
-    comparison: Comparison,
-    samples: _Samples,
-    table: RouteTable,
-    gathered: _Gathered,
-) -> None:
-    if comparison.base_sample is not None:
-        samples.base[pair.name] = comparison.base_sample, pair.source.shape
-    if comparison.verdict == "differs":
-        samples.strange.append((pair, comparison))
-    elif comparison.verdict == "tiles":
-        gathered.add(
-            "weights-differ",
-            pair.route.source,
-            f"source {pair.route.source!r}: {{value}} of its {pair.route.stored.label} groups are "
-            f"nothing that rounding base {table.plan.base!r} explains, expected {{bound}}. Their "
-            "scales or codes are damaged: re-export the module, or choose another source.",
-            pair.name,
-            comparison.wrong_tiles / comparison.tiles,
-            0.0,
-        )
-
-
-def _report_strange(
-    samples: _Samples, table: RouteTable, gathered: _Gathered, log: FindingLog
-) -> None:
-    """Report weights that are not the base's, and which others of the layer they are."""
-    base = table.plan.base
-    swapped: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for pair, comparison in samples.strange:
-        name, source = pair.name, pair.route.source
-        other = _find_twin(pair, comparison, samples)
-        if other is not None:
-            swapped.setdefault((source, generalise(name)), []).append((name, other))
-        elif comparison.source2 == 0.0:
-            log.add(
-                "error",
-                "weights-differ",
-                name,
-                f"source {source!r}: all weights are zero, those of base {base!r} are not. GPTQ "
-                "leaves experts so that no text of its calibration reached: choose another source.",
-            )
-        else:
-            gathered.add(
-                "weights-differ",
-                source,
-                f"source {source!r}: differs from base {base!r} by {{value}} of its size, expected "
-                f"at most {{bound}} of {pair.source.scheme.label}. It was made from other weights: "
-                "choose a source made from the base.",
-                name,
-                comparison.error,
-                comparison.bound,
-            )
-    for (source, _), pairs in swapped.items():
-        for name, _ in pairs:
-            log.add(
-                "error",
-                "weights-differ",
-                name,
-                f"source {source!r} holds another weight of base {base!r} here: "
-                f"{pairs[0][0]} holds {pairs[0][1]}. Its experts or projections are in another "
-                "order: choose another source.",
-            )
-
-
-def _find_twin(pair: _Pair, comparison: Comparison, samples: _Samples) -> str | None:
-    """Return the name of the layer's other weight that a source holds in a weight's place."""
-    if comparison.source_sample is None:
-        return None
-    alike = {
-        name: similarity(comparison.source_sample, sample)
-        for name, (sample, shape) in samples.base.items()
-        if shape == pair.source.shape
-    }
-    twin = max(alike, key=lambda name: alike[name], default=None)
-    return twin if twin is not None and twin != pair.name and alike[twin] > _ALIKE else None
-
-
-def _report_folded(
-    table: RouteTable, folded: Mapping[str, frozenset[str]], log: FindingLog
-) -> None:
-    """Report factors in columns or rows whose other half the plan takes from elsewhere."""
-    for module, sides in folded.items():
-        route = table.routes[module]
-        for side in sorted(sides):
-            partners = _partners(module, side, table)
-            if partners and all(table.routes[name].source == route.source for name in partners):
-                continue
-            where = generalise(partners[0]) if partners else "what the package does not know"
-            log.add(
-                "error",
-                "weights-rescaled",
-                module,
-                f"source {route.source!r}: base {table.plan.base!r}'s weights but for a factor for "
-                f"each of its {side}, as AWQ and SmoothQuant fold them; the other half is in "
-                f"{where}, which the plan takes from elsewhere. Take both from this source, or "
-                "choose one that was quantised without folding.",
-            )
-
-
-def _partners(module: str, side: str, table: RouteTable) -> list[str]:
-    """Return the modules that hold the inverse of a module's factors."""
-    parent, _, leaf = module.rpartition(".")
-    leaves = (_COLUMNS_FROM if side == "columns" else _ROWS_TO).get(leaf, ())
-    names = [name for other in leaves if (name := f"{parent}.{other}") in table.routes]
-    norm = feeding_norm(module) if side == "columns" else None
-    return names + ([norm] if norm is not None and norm in table.routes else [])
-
-
-def _spell(value: float) -> str:
-    return "infinity" if value == inf else f"{100 * value:.3g} %"

@@ -9,6 +9,7 @@ rounding to the nearest would make with the scales that are stored: 1 for such r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,14 +32,20 @@ _FOLD_FROM = 1.5  # roundings from which a look for folded factors is worth it
 _FOLD_EXPLAINS = 0.8  # of the squared difference, what factors must leave at most
 _VARYING = 0.02  # of factors, from which they are not all alike
 _LEAST_SIDE = 16  # of a matrix whose rows and columns are many enough to tell factors from chance
-_SAMPLES = 256
+_SAMPLES = 224  # of two bytes, so that Python's own allocator keeps them
 
 
 @dataclass
 class Comparison:
-    """Sums over the weights w of the base and w' of a source, and over what rounding explains."""
+    """Sums over the weights w of the base and w' of a source, and over what rounding explains.
 
+    What it keeps of each range of rows lies in tensors that were made before the first: small ones
+    between the large ones that come and go would break the heap into pieces, and it would grow.
+    """
+
+    rows: int
     columns: int
+    rows_done: int = 0
     error2: float = 0.0
     base2: float = 0.0
     source2: float = 0.0
@@ -47,14 +54,16 @@ class Comparison:
     wrong_tiles: int = 0
     column_products: torch.Tensor = field(init=False)
     column_base2: torch.Tensor = field(init=False)
-    row_products: list[torch.Tensor] = field(default_factory=list)
-    row_base2: list[torch.Tensor] = field(default_factory=list)
-    base_sample: torch.Tensor | None = None
-    source_sample: torch.Tensor | None = None
+    row_products: torch.Tensor = field(init=False)
+    row_base2: torch.Tensor = field(init=False)
+    base_sample: bytes | None = None
+    source_sample: bytes | None = None
 
     def __post_init__(self) -> None:
         self.column_products = torch.zeros(self.columns, dtype=torch.float64)
         self.column_base2 = torch.zeros(self.columns, dtype=torch.float64)
+        self.row_products = torch.zeros(self.rows, dtype=torch.float64)
+        self.row_base2 = torch.zeros(self.rows, dtype=torch.float64)
 
     def add(
         self,
@@ -77,8 +86,10 @@ class Comparison:
         self.rounding2 += rounding2
         self.column_products += products.sum(0, dtype=torch.float64)
         self.column_base2 += squares.sum(0, dtype=torch.float64)
-        self.row_products.append(products.sum(1, dtype=torch.float64))
-        self.row_base2.append(squares.sum(1, dtype=torch.float64))
+        done = slice(self.rows_done, self.rows_done + len(base))
+        self.rows_done = done.stop
+        self.row_products[done] = products.sum(1, dtype=torch.float64)
+        self.row_base2[done] = squares.sum(1, dtype=torch.float64)
         if tile_errors is not None:
             self.tiles += tile_errors.numel()
             self.wrong_tiles += int((tile_errors > TOLERATED_TILE**2).sum())
@@ -110,12 +121,11 @@ class Comparison:
         """Whether a factor a column or a row explains much of the difference."""
         if self.error2 <= _FOLD_FROM**2 * self.rounding2 or self.source2 == 0.0:
             return False
-        rows_products, rows_base2 = torch.cat(self.row_products), torch.cat(self.row_base2)
-        if min(self.columns, len(rows_products)) < _LEAST_SIDE:
+        if min(self.columns, self.rows) < _LEAST_SIDE:
             return False
         left = min(
             self.source2 - _explained(self.column_products, self.column_base2),
-            self.source2 - _explained(rows_products, rows_base2),
+            self.source2 - _explained(self.row_products, self.row_base2),
         )
         return left < _FOLD_EXPLAINS * self.error2
 
@@ -126,11 +136,15 @@ class Comparison:
 
 @dataclass
 class FoldedFit:
-    """Fits w' = a[n] * w * b[k] for given b, which are the factors of columns."""
+    """Fits w' = a[n] * w * b[k] for given b, which are the factors of columns.
+
+    ``rows``, float64 (N,), is filled with the factors a.
+    """
 
     columns: torch.Tensor
+    rows: torch.Tensor
     left2: float = 0.0
-    rows: list[torch.Tensor] = field(default_factory=list)
+    rows_done: int = 0
     _products: torch.Tensor | float = 0.0
     _squares: torch.Tensor | float = 0.0
 
@@ -140,7 +154,9 @@ class FoldedFit:
         products = (source * scaled).sum(1, dtype=torch.float64)
         squares = scaled.square().sum(1, dtype=torch.float64)
         rows = _ratio(products, squares)
-        self.rows.append(rows)
+        done = slice(self.rows_done, self.rows_done + len(base))
+        self.rows_done = done.stop
+        self.rows[done] = rows
         scaled = base * rows.float()[:, None]
         self._products += (source * scaled).sum(0, dtype=torch.float64)
         self._squares += scaled.square().sum(0, dtype=torch.float64)
@@ -162,7 +178,7 @@ class FoldedFit:
     def varying(self, comparison: Comparison) -> frozenset[str]:
         """Return which factors are not all alike, "rows" or "columns", beyond noise."""
         noise = math.sqrt(max(self.left2, 0.0) / max(comparison.source2, 1e-300))
-        rows, columns = torch.cat(self.rows), self.columns.double()
+        rows, columns = self.rows, self.columns.double()
         sides = []
         if _spread(rows) > max(_VARYING, 3 * noise / math.sqrt(len(columns))):
             sides.append("rows")
@@ -171,15 +187,17 @@ class FoldedFit:
         return frozenset(sides)
 
 
-def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the cosine of two samples; 0 where one is all zeros."""
-    norms = float(one.norm() * other.norm())
-    return float(one @ other) / norms if norms else 0.0
+def directions(samples: Sequence[bytes]) -> torch.Tensor:
+    """Return samples of weights of one shape as unit vectors, whose products are cosines."""
+    rows = [torch.frombuffer(bytearray(sample), dtype=torch.float16) for sample in samples]
+    return torch.nn.functional.normalize(torch.stack(rows).float())
 
 
-def _sample(weight: torch.Tensor) -> torch.Tensor:
+def _sample(weight: torch.Tensor) -> bytes:
+    """Return some of a weight's entries, float16 and up to one factor."""
     flat = weight.flatten()
-    return flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].clone()
+    some = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
+    return bytes((some / some.abs().max().clamp(min=1e-30)).half().numpy().tobytes())
 
 
 def _ratio(products: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:

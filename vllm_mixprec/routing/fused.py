@@ -41,6 +41,7 @@ UNQUANTIZED_LAYERS: dict[str, str] = {
     "shared_head.head": "the output head",
 }
 
+_UNQUANTIZED_LEAVES = frozenset(name.rpartition(".")[2] for name in UNQUANTIZED_LAYERS)
 _PROJECTION_ORDER = {name: order for order, name in enumerate(EXPERT_PROJECTIONS)}
 _FUSED_BY_PART = {part: parts for parts in FUSED_LAYERS for part in parts}
 
@@ -74,6 +75,8 @@ def leaf_name(module: str) -> str:
 def unquantized_reason(module: str) -> str | None:
     """Say why vLLM can hold a module in plain weights only; None when it can hold it packed."""
     parent, _, leaf = module.rpartition(".")
+    if leaf not in _UNQUANTIZED_LEAVES:
+        return None
     what = UNQUANTIZED_LAYERS.get(leaf) or UNQUANTIZED_LAYERS.get(f"{leaf_name(parent)}.{leaf}")
     return None if what is None else f"vLLM holds {what} in plain weights only"
 

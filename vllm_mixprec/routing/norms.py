@@ -44,10 +44,10 @@ _NORMS = tuple(f".{norm}" for norm in sorted(set(_FED_BY.values())))
 
 def feeding_norm(module: str) -> str | None:
     """Return the name of the norm whose output is a module's input; None where none is known."""
-    layer = layer_name(module)
     parts = module.split(".")
     norm = _FED_BY.get(".".join(parts[-2:])) or _FED_BY.get(parts[-1])
-    return None if layer is None or norm is None else f"{layer}.{norm}"
+    layer = None if norm is None else layer_name(module)
+    return None if layer is None else f"{layer}.{norm}"
 
 
 def is_feeding_norm(module: str) -> bool:
@@ -70,9 +70,7 @@ def compare_norms(
         served = table.routes.get(norm) if norm is not None else None
         if norm is None or served is None or served.source == route.source:
             continue
-        if not dims.is_loaded(module, table.layout.draft):
-            continue
-        if (norm, route.source) in seen:
+        if (norm, route.source) in seen or not dims.is_loaded(module, table.layout.draft):
             continue
         seen.add((norm, route.source))
         own = checkpoints[route.source].find(norm)

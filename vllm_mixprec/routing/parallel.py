@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 from vllm_mixprec.errors import RouteError
 from vllm_mixprec.routing.fused import leaf_name, parse_expert
@@ -199,26 +201,25 @@ class Placement:
         """Return what the weights take in each rank's memory, as they are served."""
         tp_size, pp_size = self.layout.tensor_parallel_size, self.layout.pipeline_parallel_size
         expert_ranks = self.layout.expert_ranks
-        totals = [0] * (expert_ranks * pp_size)
         parsed = {module: parse_expert(module) for module in routes}
         num_experts = max((name.expert + 1 for name in parsed.values() if name), default=0)
         rank_of_expert = _rank_of_expert(split_experts(num_experts, expert_ranks))
         shards: dict[tuple[str, tuple[int, ...], bool], Shard] = {}
+        held: Counter[tuple[tuple[int, ...], int | None]] = Counter()  # stages, rank or all
         for module, route in routes.items():
             expert = parsed[module]
             key = (leaf_name(module), route.shape, expert is not None)
             if key not in shards:
                 shards[key] = shard_weight(*key, self.layout, self.dims)
-            size_bytes = _bytes_on_rank(route, shards[key])
+            owner = None
             if expert is not None and self.layout.expert_parallel:
-                first = rank_of_expert[expert.expert]
-                ranks = range(first, first + 1)
-            else:
-                ranks = range(expert_ranks)
-            for stage in self.stages(module):
-                for rank in ranks:
-                    dp_rank, tp_rank = divmod(rank, tp_size)
-                    totals[(dp_rank * pp_size + stage) * tp_size + tp_rank] += size_bytes
+                owner = rank_of_expert[expert.expert]
+            held[self.stages(module), owner] += _bytes_on_rank(route, shards[key])
+        totals = [0] * (expert_ranks * pp_size)
+        for (stages, owner), size_bytes in held.items():
+            for stage, rank in product(stages, range(expert_ranks) if owner is None else (owner,)):
+                dp_rank, tp_rank = divmod(rank, tp_size)
+                totals[(dp_rank * pp_size + stage) * tp_size + tp_rank] += size_bytes
         return tuple(totals)
 
 

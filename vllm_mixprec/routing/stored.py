@@ -9,9 +9,11 @@ from collections.abc import Mapping
 import torch
 
 from vllm_mixprec.checkpoint.dequantize import dequantize
+from vllm_mixprec.checkpoint.files import reopen, require_unchanged
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.checkpoint.formats.fp8 import SCALE_SUFFIXES
 from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.stored import DTYPES, read_into
 from vllm_mixprec.checkpoint.stream import read_tensors
 
 ORDERS = ("g_idx", "weight_g_idx")
@@ -66,17 +68,16 @@ class StoredWeight:
     def read_rows(self, low: int, high: int) -> dict[str, torch.Tensor]:
         """Return all stored tensors of rows ``low`` to ``high``, as if there were no others."""
         ranges = {
-            suffix: _narrow(spec, _part(spec.shape[0], self._rows(suffix), low, high))
+            suffix: spec.rows(_part(spec.shape[0], self._rows(suffix), low, high))
             for suffix, spec in self._tensors.items()
             if suffix not in self._whole
         }
-        names = {spec.name: suffix for suffix, spec in ranges.items()}
-        found = {names[spec.name]: tensor for spec, tensor in read_tensors(ranges.values())}
+        found = {suffix: _read(spec) for suffix, spec in ranges.items()}
         for suffix, tensor in self._whole.items():
             cut = self._cuts[suffix]
             if cut is not None:
                 part = _part(tensor.shape[cut], self._rows(suffix), low, high)
-                tensor = tensor[part] if cut == 0 else tensor[:, part]
+                tensor = tensor.narrow(cut, part.start, len(part))
             elif suffix == "weight_shape":
                 tensor = torch.tensor([high - low, self.shape[1]])
             found[suffix] = tensor
@@ -105,19 +106,22 @@ def _cut(scheme: Scheme, suffix: str, spec: TensorSpec) -> int | None:
     return None if is_one_scale else 0
 
 
-def _part(entries: int, rows: int, low: int, high: int) -> slice:
+def _part(entries: int, rows: int, low: int, high: int) -> range:
     """Return which of the entries, each of so many rows of N, hold rows ``low`` to ``high``."""
-    return slice(low // rows, min(entries, -(-high // rows)))
+    return range(low // rows, min(entries, -(-high // rows)))
 
 
-def _narrow(spec: TensorSpec, part: slice) -> TensorSpec:
-    """Return the spec of a range of a tensor's first dimension."""
-    row_bytes = spec.nbytes // max(1, spec.shape[0])
-    return spec._replace(
-        shape=(part.stop - part.start, *spec.shape[1:]),
-        start=spec.start + part.start * row_bytes,
-        end=spec.start + part.stop * row_bytes,
-    )
+def _read(spec: TensorSpec) -> torch.Tensor:
+    """Read one tensor, in this thread: what others allocate, their own heaps keep for long.
+
+    Raises:
+        CheckpointError: the file changed since its header was read.
+    """
+    raw = torch.empty(spec.nbytes, dtype=torch.uint8)
+    with open(reopen(spec.file, spec.stamp), "rb", buffering=0) as file:
+        read_into(raw, file.fileno(), spec.start, spec)
+        require_unchanged(spec.file, file.fileno(), spec.stamp)
+    return raw.view(DTYPES[spec.dtype]).view(spec.shape)
 
 
 def tile_of(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from vllm_mixprec.errors import CheckpointError
 # ``index_topk`` means something else, or an indexer sits elsewhere.
 DEEPSEEK_MODEL_TYPES = frozenset("deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 glm_moe_dsa".split())
 
-_REMEDY = "Correct config.json, or download the checkpoint again."
+CONFIG_REMEDY = "Correct config.json, or download the checkpoint again."
 _LARGEST = 1_000_000  # no count of layers, experts or heads comes near
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -155,7 +155,7 @@ def layer_name(module: str) -> str | None:
 
 def indexer_name(module: str) -> str | None:
     """Return the name of the indexer that a module is part of; None for any other module."""
-    found = _INDEXER.match(module)
+    found = _INDEXER.match(module) if ".indexer" in module else None
     return found[1] if found is not None else None
 
 
@@ -175,7 +175,7 @@ def _integer(text: Mapping[str, Any], *keys: str) -> int | None:
         if isinstance(value, int):
             if abs(value) > _LARGEST:  # a stranger's file; sets of layers are made of it
                 raise CheckpointError(
-                    f"config.json: {key} is {value}, expected at most {_LARGEST}. {_REMEDY}"
+                    f"config.json: {key} is {value}, expected at most {_LARGEST}. {CONFIG_REMEDY}"
                 )
             return value
     return None

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Scheme
 from vllm_mixprec.plan.plan import Plan
@@ -23,8 +24,7 @@ PER_CHANNEL = -1  # group_size of experts whose projections have one group each,
 _STACKED_EXPERT_PARTS = frozenset({"gate_proj", "up_proj", "w1", "w3"})
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """What a decision about one module of a unit depends on, and nothing else.
 
     ``scheme`` is how it is stored, or a layout in which it could be served. ``unquantized`` is why
@@ -227,7 +227,7 @@ def _shared_layouts(parts: tuple[_Part, ...]) -> Iterator[tuple[_Part, ...]]:
     each = [(part.scheme, *FORMATS[part.scheme.format].layouts(part.scheme)) for part in parts]
     for schemes in product(*each):
         if shared_scheme([(s, part.shape) for s, part in zip(schemes, parts, strict=True)]):
-            yield tuple(replace(p, scheme=s) for p, s in zip(parts, schemes, strict=True))
+            yield tuple(p._replace(scheme=s) for p, s in zip(parts, schemes, strict=True))
 
 
 def _make_route(

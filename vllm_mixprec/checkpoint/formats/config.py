@@ -164,6 +164,11 @@ class QuantizationConfig:
             ),
         )
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it says of no module anything else than of the others."""
+        return not (self.overrides or self.exact_overrides or self.compressed)
+
     def integers_of(self, name: str, fits: Callable[[int, int], bool]) -> IntegerArgs:
         """Return the settings of a module that GPTQ or AWQ packed.
 

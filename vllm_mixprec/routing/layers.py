@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of the language model as a checkpoint's headers have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vllm_mixprec.checkpoint.formats import Module
+from vllm_mixprec.routing.fused import parse_expert
+from vllm_mixprec.routing.structure import layer_index, layer_name
+
+
+@dataclass(slots=True)
+class Layer:
+    """One layer as the headers have it.
+
+    ``name`` is ``model.layers.3``, ``modules`` are all but routed experts, by their names below
+    it; ``experts`` are the logical ids that a projection is there for, ``experts_name`` is
+    ``model.layers.3.mlp.experts``.
+    """
+
+    name: str
+    modules: dict[str, Module] = field(default_factory=dict)
+    experts: dict[str, set[int]] = field(default_factory=dict)
+    experts_name: str = ""
+
+    @property
+    def parts(self) -> set[str]:
+        """What lies right below the layer: self_attn, mlp, input_layernorm ..."""
+        below = {name.partition(".")[0] for name in self.modules}
+        return below | ({self.experts_name[len(self.name) + 1 :].partition(".")[0]} - {""})
+
+
+def gather_layers(modules: Iterable[Module]) -> dict[int, Layer]:
+    """Collect the modules of each layer of the language model."""
+    layers: dict[int, Layer] = {}
+    for module in modules:
+        index = layer_index(module.name)
+        if index is None:
+            continue
+        layer = layers.get(index)
+        if layer is None:
+            name = layer_name(module.name)
+            assert name is not None, f"{module.name} is in layer {index}"
+            layer = layers[index] = Layer(name)
+        expert = parse_expert(module.name)
+        if expert is None:
+            layer.modules[module.name[len(layer.name) + 1 :]] = module
+        else:
+            layer.experts.setdefault(expert.projection, set()).add(expert.expert)
+            layer.experts_name = expert.layer
+    return layers
