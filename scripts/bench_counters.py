@@ -9,7 +9,7 @@
 
 Decode: two engines of one synthetic model, compiled as in production, in one process; they differ
 in VLLM_MIXPREC_EXPERT_METRICS alone and read the same weights. They take turns step by step,
-A B B A, and a ratio is formed within each pair of a few hundred milliseconds a side, so that what
+A B B A, and a ratio is formed within each pair of a few seconds a side, so that what
 else the machine does hits both alike. Both get the same prompts and draw the same tokens. Every
 pair is measured in two processes, which start the engines in either order, and summed.
 
@@ -554,7 +554,7 @@ def main() -> None:
     parser.add_argument("--control", action="store_true", help="no counters in either engine")
     parser.add_argument("--pairs", type=int, default=15, help="or rounds (default 15)")
     parser.add_argument(
-        "--seconds", type=float, default=0.5, help="of decode a measurement (default 0.5)"
+        "--seconds", type=float, default=2.0, help="of decode a measurement (default 2)"
     )
     parser.add_argument(
         "--phase-seconds", type=float, default=15.0, help="of a server's phase (default 15)"

@@ -238,3 +238,55 @@ def test_source_without_the_kind():
     base, empty = checkpoint("base", BASE), checkpoint("fp8", ["model.embed_tokens"])
     with pytest.raises(RouteError, match="source 'fp8'.*no layer has all of the base's attention"):
         draft_rules(Choice("attention", "fp8"), base, empty)
+
+
+OLD = """\
+mixed_precision:
+  base_model_path: models/bf16
+  fp8_path: models/fp8
+  gptq_int4_path: models/gptq
+  weight_mapping:  # by tensor
+    "model.layers.0.self_attn.q_proj.weight": fp8
+    "model.layers.*.mlp.experts.{0-3}.*_proj.weight": gptq_int4
+server: {port: 8080}
+"""
+
+
+@pytest.fixture
+def older(tmp_path) -> Path:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "models").symlink_to(MODELS)
+    file = tmp_path / "old" / "old.yaml"
+    file.write_text(OLD)
+    return file
+
+
+def test_older_plan_is_rewritten_for_another_folder(run, older, tmp_path):
+    new = tmp_path / "plan.yaml"
+    result = run("plan", "--from", older, "-o", new)
+    assert result.code == 0
+    assert result.err.endswith("2 rules; dropped: server, comments\n")
+    old, plan = Plan.from_yaml(older), Plan.from_yaml(new)
+    assert "rules:" in new.read_text() and plan.dropped is None
+    assert rules_of(plan) == rules_of(old) and plan.base == old.base == "base"
+    assert {source.path for source in plan.sources.values()} == {
+        f"./old/models/{name}" for name in ("bf16", "fp8", "gptq")
+    }
+    sources = [load_route_table(each).bytes_by_source() for each in (old, plan)]
+    assert sources[0] == sources[1]
+    assert run("check", new).code == 0
+
+
+def test_older_plan_is_checked_as_it_is_with_a_note(run, older):
+    found = run("check", older, "--json").json
+    assert found["ok"]
+    (note,) = [f for f in found["findings"] if f["code"] == "older-spelling"]
+    assert note["level"] == "note" and "server" in note["message"]
+
+
+def test_rewriting_takes_no_other_option_and_says_what_it_dropped(run, older):
+    assert run("plan", "--from", older, "--base", "fp8").code == 2
+    assert run("plan").code == 2
+    found = run("plan", "--from", older, "--json").json
+    assert found["dropped"] == ["server", "comments"]
+    assert yaml.safe_load(found["yaml"]) == found["plan"]

@@ -219,24 +219,6 @@ def test_malformed_weight_mapping_is_refused(tmp_path: Path, mapping: str, error
 
 
 @pytest.mark.parametrize(
-    ("text", "where"),
-    [
-        ("x: 1\nmixed_precision:\n  base_model_path: /m\n  fp8_path: /f\n", "2: mixed_precision"),
-        (
-            "model:\n  name: q\n  mixed_precision: {fp16_path: /m}\nserver: {port: 1}\n",
-            "3: model.mixed_precision",
-        ),
-    ],
-)
-def test_older_spellings_are_refused_with_the_new_form(
-    tmp_path: Path, text: str, where: str
-) -> None:
-    error = error_of(tmp_path, text)
-    assert error.startswith(f"{where}: an older spelling")
-    assert "expected version:, base:, sources: and rules:" in error
-
-
-@pytest.mark.parametrize(
     ("text", "error"),
     [
         ("a: &a [*a]", "an alias inside its own anchor"),

@@ -220,6 +220,26 @@ def test_dense_layer_with_experts(tmp_path: Path) -> None:
     assert "2 layers: model.layers.1.mlp.experts, model.layers.2.mlp.experts" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("projection", "expected"),
+    [
+        ("up_proj", "[128, 256] (moe_intermediate_size x hidden_size"),
+        ("down_proj", "[256, 128] (hidden_size x moe_intermediate_size"),
+    ],
+)
+def test_one_expert_of_another_shape(tmp_path: Path, projection: str, expected: str) -> None:
+    name = f"{EXPERTS}.2.{projection}"
+    shape = (256, 128) if projection == "up_proj" else (128, 256)
+    report = check_tiny(tmp_path, reshape(f"{name}.weight", *shape))
+    expect_error(report, "config-experts", name, f"has shape {list(shape)}, expected {expected}")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_vocabulary_of_another_size(tmp_path: Path, name: str) -> None:
+    report = check_tiny(tmp_path, reshape(f"{name}.weight", 512, 256))
+    expect_error(report, "config-sizes", name, "has shape [512, 256], expected [256, 256]")
+
+
 def test_router_of_another_number_of_experts(tmp_path: Path) -> None:
     report = check_tiny(tmp_path, reshape(f"{LAYER}.mlp.gate.weight", 8, 256))
     expect_error(report, "config-experts", f"{LAYER}.mlp.gate", "has 8 rows, expected 4")

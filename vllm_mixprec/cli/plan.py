@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-mixprec plan``: writes a plan by kind of module."""
+"""``vllm-mixprec plan``: writes a plan by kind of module, or from one in an older spelling."""
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from vllm_mixprec.checkpoint import open_checkpoint, resolve_path
+from vllm_mixprec.checkpoint.index import local_path
 from vllm_mixprec.cli.draft import (
     Choice,
     DraftSource,
@@ -24,12 +26,16 @@ from vllm_mixprec.cli.output import (
     print_json,
 )
 from vllm_mixprec.errors import PlanError
+from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import resolve
 from vllm_mixprec.routing.kinds import Kind
 
 _DESCRIPTION = """\
 Write a plan that takes each kind of module from one source. What no option names comes from the
-base. The bytes that are read from each source go to stderr."""
+base. The bytes that are read from each source go to stderr.
+
+With --from rewrite a plan in an older spelling (mixed_precision:) or with weight_mapping: as rules;
+what is no part of a plan is dropped and named."""
 
 _EXAMPLE = """\
 example:
@@ -38,7 +44,9 @@ example:
     --attention fp8 --experts int4 -o plan.yaml
 
 --experts also takes several sources, for the logical experts 0-7 and 12, and for all others:
-    --experts 0-7=int4,12=int4,fp8"""
+    --experts 0-7=int4,12=int4,fp8
+
+  vllm-mixprec plan --from mixed_precision_config.yaml -o plan.yaml"""
 
 # Option -> the kind that it names a source for, in the order of the rules.
 _KIND_OPTIONS: dict[str, Kind] = {
@@ -54,14 +62,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the parser of all commands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
-        help="write a plan by kind of module",
+        help="write a plan by kind of module, or rewrite an older one",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
     )
     parser.add_argument(
         "--base",
         metavar="N",
-        required=True,
         help="the source that gives config.json, tokenizer and all that no option names",
     )
     parser.add_argument(
@@ -70,7 +77,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         dest="sources",
         action="append",
         type=_source,
-        required=True,
+        default=[],
         help="a checkpoint and its name: a directory, or a hub id with an optional @REVISION",
     )
     parser.add_argument("--attention", metavar="N", help="source of the attention projections")
@@ -83,6 +90,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="source of the routed experts; or FIRST-LAST=N,... for some of them",
     )
     parser.add_argument("--shared-experts", metavar="N", help="source of the shared experts")
+    parser.add_argument(
+        "--from", metavar="OLD", dest="older", type=Path, help="the plan to rewrite, alone"
+    )
     parser.add_argument(
         "-o", "--output", metavar="PLAN", type=Path, help="the file to write; default: stdout"
     )
@@ -125,7 +135,13 @@ def _experts(text: str) -> list[Choice]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draft the plan, write it, say what is read from where."""
+    """Draft the plan, write it, say what is read from where; or rewrite one."""
+    if arguments.older is not None:
+        return _rewrite(arguments)
+    if arguments.base is None or not arguments.sources:
+        arguments.parser.error(
+            "the following arguments are required: --base and --source, or --from"
+        )
     choices = _choices(arguments)
     folder = arguments.output.parent if arguments.output is not None else Path()
     sources = []
@@ -164,6 +180,51 @@ def run(arguments: argparse.Namespace) -> int:
     if table.notes:
         print(f"{count_findings(table.notes)}; vllm-mixprec check lists them", file=sys.stderr)
     return 0
+
+
+def _rewrite(arguments: argparse.Namespace) -> int:
+    """Write a plan in today's spelling, with its paths as seen from where it is written."""
+    options = ("base", "sources", *_KIND_OPTIONS, "experts")
+    if any(getattr(arguments, option) for option in options):
+        arguments.parser.error("--from takes the whole plan from a file; leave the others out")
+    old = Plan.from_yaml(arguments.older)
+    folder = arguments.output.parent if arguments.output is not None else Path()
+    sources = {
+        name: {"path": _respell(source.path, arguments.older.parent, folder)}
+        | ({} if source.revision is None else {"revision": source.revision})
+        for name, source in old.sources.items()
+    }
+    plan = Plan.from_dict(old.model_dump(exclude_none=True) | {"sources": sources}, folder)
+    text = plan.to_yaml()
+    if arguments.output is not None:
+        _write(arguments.output, text)
+    elif not arguments.json:
+        print(text, end="")
+    dropped = [*(old.dropped or ()), "comments"]
+    if arguments.json:
+        print_json(
+            {
+                "path": str(arguments.output) if arguments.output is not None else None,
+                "plan_sha256": plan.sha256,
+                "plan": plan.model_dump(exclude_none=True),
+                "yaml": text,
+                "dropped": dropped,
+            }
+        )
+    else:
+        print(
+            f"{arguments.older}: {len(plan.rules)} rules; dropped: {', '.join(dropped)}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _respell(path: str, old: Path, new: Path) -> str:
+    """Spell a source's path for a plan in another folder; a hub id stays what it is."""
+    directory = local_path(path, old)
+    is_relative = not os.path.isabs(os.path.expanduser(path))
+    moves = is_relative and (directory.is_dir() or path.startswith(os.curdir))
+    return spell_path(directory, new) if moves else path
 
 
 def _choices(arguments: argparse.Namespace) -> list[Choice]:

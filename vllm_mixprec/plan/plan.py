@@ -3,9 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterator, Mapping
-from difflib import get_close_matches
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,12 +11,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from vllm_mixprec.errors import PlanError
+from vllm_mixprec.plan.older import read_older
 from vllm_mixprec.plan.patterns import Pattern, compile_pattern
+from vllm_mixprec.plan.problems import Where, choices, join, show
 from vllm_mixprec.plan.yaml_file import Location, load_yaml
 
-MAX_PROBLEMS = 100
 _SHAPE = "version:, base:, sources: and rules:"
-
 
 # A path or a revision: no null character, no line break.
 _Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -72,7 +70,7 @@ class Rule(_Schema):
 class Plan(_Schema):
     """A frozen plan. Rules are read from the top and the first match wins.
 
-    ``weight_mapping:`` in the file has become ``rules``.
+    ``weight_mapping:`` in the file has become ``rules``, an older spelling this one.
     """
 
     version: int = Field(ge=1, le=1)
@@ -83,6 +81,7 @@ class Plan(_Schema):
 
     _path: Path | None = PrivateAttr(default=None)
     _base_dir: Path | None = PrivateAttr(default=None)
+    _dropped: tuple[str, ...] | None = PrivateAttr(default=None)
 
     @property
     def path(self) -> Path | None:
@@ -93,6 +92,11 @@ class Plan(_Schema):
     def base_dir(self) -> Path | None:
         """The folder that relative source paths start from; None for the working directory."""
         return self._base_dir
+
+    @property
+    def dropped(self) -> tuple[str, ...] | None:
+        """Of a file in an older spelling the keys that are no part of a plan; None of another."""
+        return self._dropped
 
     @property
     def sha256(self) -> str:
@@ -111,7 +115,7 @@ class Plan(_Schema):
         file = Path(path)
         data, lines = load_yaml(file)
         file = file.absolute()
-        return _build(cls, data, _Where(str(path), lines), file, file.parent)
+        return _build(cls, data, Where(str(path), lines), file, file.parent)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], base_dir: str | Path | None = None) -> "Plan":
@@ -121,7 +125,7 @@ class Plan(_Schema):
             PlanError: it is no plan; the message says which key.
         """
         folder = None if base_dir is None else Path(base_dir)
-        return _build(cls, d, _Where(None, {}), None, folder)
+        return _build(cls, d, Where(None, {}), None, folder)
 
     def to_yaml(self) -> str:
         """Write the plan as YAML. Relative source paths stay as they are."""
@@ -138,67 +142,34 @@ class Plan(_Schema):
         return self.model_dump(exclude_none=True)
 
 
-class _Where:
-    """Says where in the plan something was found: ``file:line``, or ``plan`` and the key."""
-
-    def __init__(self, file: str | None, lines: Mapping[Location, int]) -> None:
-        self.file = file
-        self.lines = lines
-
-    def line(self, location: Location) -> int:
-        """Return the line of a location, or of the nearest thing around it."""
-        while location and location not in self.lines:
-            location = location[:-1]
-        return self.lines.get(location, 1)
-
-    def __call__(self, location: Location) -> str:
-        key = ".".join(str(part) for part in location)
-        if self.file is None:
-            return f"plan: {key}" if key else "plan"
-        return f"{self.file}:{self.line(location)}: {key}".removesuffix(": ")
-
-
 def _build(
-    cls: type[Plan], data: Any, where: _Where, path: Path | None, base_dir: Path | None
+    cls: type[Plan], data: Any, where: Where, path: Path | None, base_dir: Path | None
 ) -> Plan:
     """Validate, then connect: every error of one stage is reported at once."""
     if not isinstance(data, Mapping):
-        raise PlanError(f"{where(())}: found {_show(data)}, expected a mapping with {_SHAPE}.")
-    _refuse_older_spelling(data, where)
+        raise PlanError(f"{where(())}: found {show(data)}, expected a mapping with {_SHAPE}.")
+    older = read_older(data, where)
+    if older is not None:
+        data, dropped = older
     data, rule_locations = _mapping_to_rules(data, where)
     try:
         plan = cls.model_validate(data)
     except ValidationError as error:
-        raise PlanError(_join(_explain(e, where) for e in error.errors())) from None
+        raise PlanError(join(_explain(e, where) for e in error.errors())) from None
     except PlanError:
-        raise PlanError(_join(_explain_patterns(data, rule_locations, where))) from None
+        raise PlanError(join(_explain_patterns(data, rule_locations, where))) from None
     for rule, location in zip(plan.rules, rule_locations, strict=True):
         rule._line = where.line(location) if where.file is not None else None
-    problems = _join(_unknown_sources(plan, rule_locations, where))
+    problems = join(_unknown_sources(plan, rule_locations, where))
     if problems:
         raise PlanError(problems)
     plan._path, plan._base_dir = path, base_dir
+    plan._dropped = None if older is None else tuple(dropped)
     return plan
 
 
-def _refuse_older_spelling(data: Mapping[str, Any], where: _Where) -> None:
-    model = data.get("model")
-    if "mixed_precision" in data:
-        location: Location = ("mixed_precision",)
-    elif isinstance(model, Mapping) and "mixed_precision" in model:
-        location = ("model", "mixed_precision")
-    else:
-        return
-    raise PlanError(
-        f"{where(location)}: an older spelling of a plan, which this version does not read; "
-        f"expected {_SHAPE}. Rewrite it: version: 1, one entry of sources: (NAME: {{path: ...}}) "
-        "for each *_path, base: the source for all the rest; weight_mapping: can stay, at the "
-        "top level, in place of rules:."
-    )
-
-
 def _mapping_to_rules(
-    data: Mapping[str, Any], where: _Where
+    data: Mapping[str, Any], where: Where
 ) -> tuple[Mapping[str, Any], list[Location]]:
     """Turn ``weight_mapping`` into rules; also return where each rule was written."""
     if "weight_mapping" not in data:
@@ -212,11 +183,11 @@ def _mapping_to_rules(
         )
     if not isinstance(mapping, Mapping):
         raise PlanError(
-            f"{where(('weight_mapping',))}: found {_show(mapping)}, expected a mapping of module "
+            f"{where(('weight_mapping',))}: found {show(mapping)}, expected a mapping of module "
             "or pattern to source. For a list use rules:."
         )
-    problems = _join(
-        f"{where(('weight_mapping', match))}: found {_show(match)}: {_show(source)}, expected a "
+    problems = join(
+        f"{where(('weight_mapping', match))}: found {show(match)}: {show(source)}, expected a "
         "pattern and the name of a source, both strings. Quote them."
         for match, source in mapping.items()
         if not (isinstance(match, str) and isinstance(source, str))
@@ -229,7 +200,7 @@ def _mapping_to_rules(
 
 
 def _explain_patterns(
-    data: Mapping[str, Any], locations: list[Location], where: _Where
+    data: Mapping[str, Any], locations: list[Location], where: Where
 ) -> Iterator[str]:
     """Say what is wrong with each malformed pattern."""
     for rule, location in zip(data["rules"], locations, strict=True):
@@ -241,31 +212,22 @@ def _explain_patterns(
                 yield f"{where(location)}: {error}"
 
 
-def _unknown_sources(plan: Plan, locations: list[Location], where: _Where) -> Iterator[str]:
+def _unknown_sources(plan: Plan, locations: list[Location], where: Where) -> Iterator[str]:
     """Say which rules, or the base, name a source that is not there."""
     named: list[tuple[str, Location]] = [(plan.base, ("base",))]
     named += [(rule.source, location) for rule, location in zip(plan.rules, locations, strict=True)]
     return (
-        f"{where(location)}: source {_show(name)} is not among sources:, expected "
-        f"{_choices(name, plan.sources)}"
+        f"{where(location)}: source {show(name)} is not among sources:, expected "
+        f"{choices(name, plan.sources)}"
         for name, location in named
         if name not in plan.sources
     )
 
 
-def _join(problems: Iterator[str]) -> str:
-    """Write problems one a line, not more than anybody reads; making one costs a search."""
-    shown = list(islice(problems, MAX_PROBLEMS + 1))
-    if len(shown) > MAX_PROBLEMS:
-        file = shown[0].partition(": ")[0]
-        shown[MAX_PROBLEMS:] = [f"{file}: and more such problems. Correct these first."]
-    return "\n".join(shown)
-
-
-def _explain(error: Any, where: _Where) -> str:
+def _explain(error: Any, where: Where) -> str:
     """Turn one error of pydantic into where, found, expected, remedy."""
     location: Location = error["loc"]
-    found = _show(error["input"])
+    found = show(error["input"])
     if location[-1:] == ("[key]",):
         key = (*location[:-2], str(location[-2]))
         return (
@@ -275,10 +237,10 @@ def _explain(error: Any, where: _Where) -> str:
     match error["type"]:
         case "missing":
             keys = ", ".join(_keys(location))
-            return f"{where(location[:-1])}: no key {_show(location[-1])}, expected {keys}. Add it."
+            return f"{where(location[:-1])}: no key {show(location[-1])}, expected {keys}. Add it."
         case "extra_forbidden":
-            choices = _choices(location[-1], _keys(location))
-            return f"{where(location)}: unknown key, expected {choices}"
+            known = choices(location[-1], _keys(location))
+            return f"{where(location)}: unknown key, expected {known}"
         case "literal_error":
             return f"{where(location)}: found {found}, expected {error['ctx']['expected']}."
         case "int_type" | "greater_than_equal" | "less_than_equal":
@@ -306,17 +268,3 @@ def _keys(location: Location) -> list[str]:
             return list(Rule.model_fields)
         case _:
             return list(Options.model_fields)
-
-
-def _choices(name: Hashable, names: Any) -> str:
-    """List what could have been meant, the nearest first."""
-    text = f"one of {', '.join(names)}."
-    near = get_close_matches(str(name), list(names), n=1)
-    return f"{text} Nearest: {near[0]}." if near else f"{text} Correct the name."
-
-
-def _show(value: Any) -> str:
-    """Quote a value for a message, cut to a readable length."""
-    text = f'"{value}"' if isinstance(value, str) else repr(value)
-    text = text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair has no UTF-8
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -79,6 +79,8 @@ def compare_headers(checkpoint: Checkpoint, draft: bool, log: FindingLog) -> Non
         for index, layer in known.items():
             is_moe = None if dims.moe_layers is None else index in dims.moe_layers
             _compare_experts(layer, is_moe, dims.num_experts, log)
+            _compare_expert_sizes(layer, config, log)
+    _compare_vocabulary(checkpoint, config, log)
     if config.get("model_type") in DEEPSEEK_MODEL_TYPES:
         _compare_sizes(known, config, log)
         _compare_correction_bias(known, config, log)
@@ -274,6 +276,44 @@ def _describe_ids(found: set[int], expected: set[int]) -> str:
     if beyond := sorted(found - expected):
         described += f", {beyond[-1]} among them"
     return described
+
+
+def _compare_expert_sizes(layer: Layer, config: Mapping[str, Any], log: FindingLog) -> None:
+    """Report experts of another shape than vLLM's RoutedExperts takes, which would end in torch."""
+    inner, hidden = config.get("moe_intermediate_size"), config.get("hidden_size")
+    if not (isinstance(inner, int) and isinstance(hidden, int)) or "moe_latent_size" in config:
+        return
+    for (projection, shape), module in layer.expert_shapes.items():
+        is_down = projection in ("down_proj", "w2")
+        expected = (hidden, inner) if is_down else (inner, hidden)
+        if module.problems or shape == expected:
+            continue
+        keys = ("hidden_size", "moe_intermediate_size")
+        log.add(
+            "error",
+            "config-experts",
+            module.name,
+            f"has shape {list(shape)}, expected {list(expected)} "
+            f"({' x '.join(keys if is_down else keys[::-1])} in config.json). {CONFIG_REMEDY}",
+            noun="experts",
+        )
+
+
+def _compare_vocabulary(checkpoint: Checkpoint, config: Mapping[str, Any], log: FindingLog) -> None:
+    """Report an embedding or output head of another shape than config.json has."""
+    expected = (config.get("vocab_size"), config.get("hidden_size"))
+    if not all(isinstance(size, int) for size in expected):
+        return
+    for name in ("model.embed_tokens", "lm_head"):
+        module = checkpoint.modules.get(name)
+        if module is not None and not module.problems and module.shape != expected:
+            log.add(
+                "error",
+                "config-sizes",
+                name,
+                f"has shape {list(module.shape)}, expected {list(expected)} (vocab_size x "
+                f"hidden_size in config.json). {CONFIG_REMEDY}",
+            )
 
 
 def _compare_router(layer: Layer, num_experts: int, log: FindingLog) -> None:

@@ -138,6 +138,7 @@ def examine(
     layout = layout or Layout()
     platform = platform or detect_platform()
     log = FindingLog()
+    _report_older_spelling(plan, log)
     sources = used_sources(plan)
     steps = len(sources) + (3 if deep else 2)
 
@@ -177,6 +178,19 @@ def examine(
     step("done", steps)
     served = None if log.has_errors else table
     return Report(log.findings(), bytes_per_rank, served, sampled), checkpoints
+
+
+def _report_older_spelling(plan: Plan, log: FindingLog) -> None:
+    if plan.dropped is None:
+        return
+    ignored = f"; not read, as no part of a plan: {', '.join(plan.dropped)}" if plan.dropped else ""
+    log.add(
+        "note",
+        "older-spelling",
+        str(plan.path or "plan"),
+        f"mixed_precision: is an older spelling of a plan{ignored}. Rewrite it with vllm-mixprec "
+        "plan --from.",
+    )
 
 
 def _report_cache_scales(table: RouteTable, log: FindingLog) -> None:

@@ -16,13 +16,15 @@ class Layer:
     """One layer as the headers have it.
 
     ``name`` is ``model.layers.3``, ``modules`` are all but routed experts, by their names below
-    it; ``experts`` are the logical ids that a projection is there for, ``experts_name`` is
+    it; ``experts`` are the logical ids that a projection is there for, ``expert_shapes`` has the
+    first expert's module of each shape of a projection, ``experts_name`` is
     ``model.layers.3.mlp.experts``.
     """
 
     name: str
     modules: dict[str, Module] = field(default_factory=dict)
     experts: dict[str, set[int]] = field(default_factory=dict)
+    expert_shapes: dict[tuple[str, tuple[int, ...]], Module] = field(default_factory=dict)
     experts_name: str = ""
 
     @property
@@ -49,5 +51,6 @@ def gather_layers(modules: Iterable[Module]) -> dict[int, Layer]:
             layer.modules[module.name[len(layer.name) + 1 :]] = module
         else:
             layer.experts.setdefault(expert.projection, set()).add(expert.expert)
+            layer.expert_shapes.setdefault((expert.projection, module.shape), module)
             layer.experts_name = expert.layer
     return layers
