@@ -3,9 +3,11 @@
 
 import argparse
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from vllm_mixprec.checkpoint.index import collector_paused
 from vllm_mixprec.cli.output import (
     Progress,
     count_findings,
@@ -92,11 +94,12 @@ def _platform(text: str) -> Platform:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the plan, print the report, return the exit code."""
-    report = _check(arguments)
-    if arguments.json:
-        print_json(_describe(report, arguments))
-    else:
-        _print(report, arguments)
+    with nullcontext() if arguments.deep else collector_paused():
+        report = _check(arguments)
+        if arguments.json:
+            print_json(_describe(report, arguments))
+        else:
+            _print(report, arguments)
     return 1 if not report.ok or (arguments.strict and report.findings) else 0
 
 

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from vllm_mixprec.checkpoint.index import collector_paused
 from vllm_mixprec.cli.check import print_bytes_per_rank
 from vllm_mixprec.cli.output import (
     Progress,
@@ -48,6 +49,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
+@collector_paused()
 def run(arguments: argparse.Namespace) -> int:
     """Check and compose, say where it went, return the exit code."""
     plan = Plan.from_yaml(arguments.plan)

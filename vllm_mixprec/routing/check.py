@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_mixprec.checkpoint.hub import is_available
-from vllm_mixprec.checkpoint.index import Checkpoint, local_path
+from vllm_mixprec.checkpoint.index import Checkpoint, collector_paused, local_path
 from vllm_mixprec.errors import CheckpointError, PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.agreement import compare_headers
@@ -137,6 +138,19 @@ def examine(
     """As ``check``; also return the plan's checkpoints that could be opened, by source."""
     layout = layout or Layout()
     platform = platform or detect_platform()
+    # Paused throughout: when the collector runs again it walks all that was made meanwhile.
+    with nullcontext() if deep else collector_paused():
+        return _examine(plan, layout, platform, progress, dtype, deep)
+
+
+def _examine(
+    plan: Plan,
+    layout: Layout,
+    platform: Platform,
+    progress: Progress | None,
+    dtype: str | None,
+    deep: bool,
+) -> tuple[Report, dict[str, Checkpoint]]:
     log = FindingLog()
     _report_older_spelling(plan, log)
     sources = used_sources(plan)
