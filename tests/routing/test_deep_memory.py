@@ -66,7 +66,8 @@ def peak(models: Path, chunk_weights: int) -> int:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     grown, codes = json.loads(done.stdout.splitlines()[-1])
-    assert codes == ["layer-unquantized"]  # and so the weights agree
+    # The head is larger than the model's; nothing says that its weights differ.
+    assert codes == ["config-sizes", "layer-unquantized"]
     return int(grown)
 
 

@@ -210,21 +210,26 @@ def test_a_client_that_leaves_ends_its_requests(server):
     def tokens() -> int:
         return server.stats("?detail=none")["summary"]["tokens"]
 
-    begun = tokens()
-    prompts, new_tokens = [new_prompt() for _ in range(32)], 450
-    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    body = {"prompts": prompts, "max_new_tokens": new_tokens}
-    connection.request("POST", "/v1/mixprec/batch_generate", json.dumps(body), headers)
-    while tokens() == begun:
-        time.sleep(0.05)
-    connection.close()
-    last, now = begun, tokens()
-    while now != last:
-        time.sleep(1)
-        last, now = now, tokens()
+    begun = left = now = requested = 0
+    for _ in range(5):  # on a busy machine one is slow to leave, and nearly all is generated
+        prompts, new_tokens = [new_prompt() for _ in range(32)], 450
+        requested = len(prompts) * new_tokens
+        body = {"prompts": prompts, "max_new_tokens": new_tokens}
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+        begun = tokens()
+        connection.request("POST", "/v1/mixprec/batch_generate", json.dumps(body), headers)
+        while (left := tokens()) == begun:
+            time.sleep(0.05)
+        connection.close()
+        last, now = left, tokens()
+        while now != last:
+            time.sleep(1)
+            last, now = now, tokens()
+        if left - begun < requested * 0.3:
+            break
     # Random text of this model rarely ends by itself: nearly all would have been generated.
-    assert begun < now < begun + len(prompts) * new_tokens * 0.6
+    assert begun < left <= now < begun + requested * 0.6
 
 
 def test_metrics_never_go_down_when_a_window_begins(server: Server):
