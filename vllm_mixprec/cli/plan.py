@@ -159,22 +159,11 @@ def run(arguments: argparse.Namespace) -> int:
     text = write_draft(arguments.base, sources, rules)
     plan = read_draft(text, folder)
     table = resolve(plan, opened)
-    if arguments.output is not None:
-        _write(arguments.output, text)
-    elif not arguments.json:
-        print(text, end="")
     sizes = table.bytes_by_source()
+    findings = [finding.to_dict() for finding in table.notes]
+    more = {"bytes_by_source": bytes_by_source_list(sizes), "findings": findings}
+    _put_out(arguments, plan, text, more)
     if arguments.json:
-        print_json(
-            {
-                "path": str(arguments.output) if arguments.output is not None else None,
-                "plan_sha256": plan.sha256,
-                "plan": plan.model_dump(exclude_none=True),
-                "yaml": text,
-                "bytes_by_source": bytes_by_source_list(sizes),
-                "findings": [finding.to_dict() for finding in table.notes],
-            }
-        )
         return 0
     print_bytes_by_source(sizes, to_stderr=True)
     if table.notes:
@@ -196,22 +185,9 @@ def _rewrite(arguments: argparse.Namespace) -> int:
     }
     plan = Plan.from_dict(old.model_dump(exclude_none=True) | {"sources": sources}, folder)
     text = plan.to_yaml()
-    if arguments.output is not None:
-        _write(arguments.output, text)
-    elif not arguments.json:
-        print(text, end="")
     dropped = [*(old.dropped or ()), "comments"]
-    if arguments.json:
-        print_json(
-            {
-                "path": str(arguments.output) if arguments.output is not None else None,
-                "plan_sha256": plan.sha256,
-                "plan": plan.model_dump(exclude_none=True),
-                "yaml": text,
-                "dropped": dropped,
-            }
-        )
-    else:
+    _put_out(arguments, plan, text, {"dropped": dropped})
+    if not arguments.json:
         print(
             f"{arguments.older}: {len(plan.rules)} rules; dropped: {', '.join(dropped)}",
             file=sys.stderr,
@@ -254,6 +230,24 @@ def _open(name: str, spelt: str, folder: Path) -> DraftSource:
     hub_id, separator, revision = spelt.partition("@")
     found = resolve_path(hub_id, revision if separator else None, None)
     return DraftSource(name, hub_id, revision if separator else None, open_checkpoint(found, name))
+
+
+def _put_out(arguments: argparse.Namespace, plan: Plan, text: str, more: dict[str, Any]) -> None:
+    """Write the plan where it was asked for; with ``--json`` describe it, and ``more``."""
+    if arguments.output is not None:
+        _write(arguments.output, text)
+    elif not arguments.json:
+        print(text, end="")
+    if arguments.json:
+        print_json(
+            {
+                "path": str(arguments.output) if arguments.output is not None else None,
+                "plan_sha256": plan.sha256,
+                "plan": plan.model_dump(exclude_none=True),
+                "yaml": text,
+            }
+            | more
+        )
 
 
 def _write(file: Path, text: str) -> None:
