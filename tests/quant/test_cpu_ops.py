@@ -6,6 +6,7 @@ import torch
 import vllm._C  # noqa: F401  registers the compiled kernels
 from vllm import _custom_ops as ops
 
+from vllm_mixprec.checkpoint.packing import pack
 from vllm_mixprec.quant import cpu_ops, methods
 from vllm_mixprec.quant.cpu_ops import ExpertKernel, Int4Layout, mixed_experts
 from vllm_mixprec.routing.kernels import detect_platform
@@ -89,26 +90,74 @@ def test_weights_are_reordered_where_they_are_as_the_kernel_orders_them_at_once(
     assert not torch.equal(packed.view(torch.uint8), stored.view(torch.uint8))
 
 
-@pytest.mark.parametrize("layout", Int4Layout)
-@pytest.mark.parametrize("experts", [(), (3,)])
-def test_int4_weights_are_blocked_in_parts_as_the_kernel_blocks_them_at_once(
-    layout, experts, monkeypatch
-):
+def int4_words(layout, experts, k, n, group_size):
     generator = torch.Generator().manual_seed(0)
-    columns = 128 * torch.get_num_threads() + 96  # the last part is short
-    words = (256, columns // 8) if layout == Int4Layout.AWQ else (32, columns)
+    words = (k, n // 8) if layout == Int4Layout.AWQ else (k // 8, n)
     weight, zero = (
         torch.randint(-(2**31), 2**31, (*experts, *shape), generator=generator, dtype=torch.int32)
-        for shape in (words, (2, columns // 8))
+        for shape in (words, (k // group_size, n // 8))
     )
-    scale = torch.rand(*experts, 2, columns, generator=generator)
+    return weight, torch.rand(*experts, k // group_size, n, generator=generator), zero
+
+
+@pytest.mark.parametrize("layout", Int4Layout)
+@pytest.mark.parametrize(
+    "experts, k, n, group_size",
+    [
+        ((), 1024, 1056, 128),  # tiles of several blocks, the last tile short
+        ((3,), 256, 96, 64),
+        ((2,), 512, 64, 256),  # blocks that are half a group
+        ((), 96, 32, 96),
+        ((), 80, 32, 40),  # five words a block: more than one sum of bytes in AWQ, one in GPTQ
+        ((1,), 16384, 32, 16384),
+        ((2,), 64, 2048, 32),
+    ],
+)
+def test_int4_weights_are_blocked_as_vllm_blocks_them(layout, experts, k, n, group_size):
+    weight, scale, zero = int4_words(layout, experts, k, n, group_size)
     weights, zeros, scales = ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)
     found = cpu_ops.pack_int4(weight, scale, zero, layout)
     for one, other in zip(found, (weights, scales, zeros), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
-    monkeypatch.setattr(cpu_ops, "_BLOCK_ROWS", 16)  # parts in the wrong places
-    with pytest.raises(RuntimeError, match="expanded size|must match"):
-        cpu_ops.pack_int4(weight, scale, zero, layout)
+
+
+@pytest.mark.parametrize("layout", Int4Layout)
+def test_codes_that_sum_to_the_most_are_added_up_right(layout):
+    """15 everywhere: where a byte's sum would overflow, it would show."""
+    weight, scale, zero = int4_words(layout, (), 512, 64, 128)
+    weight.fill_(-1)
+    blocked = cpu_ops.pack_int4(weight, scale, zero, layout)[0]
+    assert torch.equal(blocked, ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)[0])
+
+
+@pytest.mark.parametrize("layout", Int4Layout)
+def test_probe_tells_a_layout_that_is_not_vllms(monkeypatch, layout):
+    right = cpu_ops.ops.convert_weight_packed_scale_zp
+
+    def other(*args):
+        blocked, *rest = right(*args)
+        blocked.view(-1)[7] += 1
+        return blocked, *rest
+
+    monkeypatch.setattr(cpu_ops.ops, "convert_weight_packed_scale_zp", other)
+    assert "lays int4 out otherwise" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, layout)
+
+
+def test_groups_over_128_columns_that_are_no_multiple_are_wrong_in_vllm():
+    """Why routing refuses them: the kernel takes blocks of 128 with one scale each."""
+    error = {}
+    for group_size in (128, 192):
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(0, 16, (384, 64), generator=generator)
+        scale = torch.rand(384 // group_size, 64, generator=generator) / 40
+        zero = torch.full((384 // group_size, 8), 0x77777777, dtype=torch.int32)
+        words = pack(codes.T.int(), 4).T.contiguous()
+        blocked, zeros, scales = ops.convert_weight_packed_scale_zp(words, zero, scale, 1)
+        x = torch.randn(4, 384, generator=generator).bfloat16()
+        dense = ((codes - 8) * scale.repeat_interleave(group_size, 0)).T
+        out = cpu_ops.int4_linear(x, blocked, scales, zeros)
+        error[group_size] = relative_error(out, x.float() @ dense.T)
+    assert error[128] < 0.03 and not error[192] < 0.3
 
 
 @pytest.mark.parametrize("part", ["_run", "int4_linear"])
@@ -133,6 +182,8 @@ def test_probe_reports_the_other_layout(monkeypatch, layout):
         return right(weight.reshape(shape), scale, zero, other)
 
     monkeypatch.setattr(cpu_ops, "pack_int4", wrong)
+    assert "otherwise" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, layout)
+    monkeypatch.setattr(cpu_ops, "_is_blocked_as_vllm_does", lambda layout: True)
     assert "off by" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, layout)
 
 

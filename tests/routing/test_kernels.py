@@ -50,6 +50,7 @@ def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -
         (CPU, Scheme("gptq", 8, group_size=128), (256, 256), "4 bits, not 8"),
         (CPU, Scheme("gptq", 4, group_size=128, desc_act=True), (256, 256), "act-order"),
         (CPU, Scheme("gptq", 4, group_size=16), (256, 256), "group size 16"),
+        (CPU, replace(INT4, group_size=192), (256, 384), "192 is over 128 and not a multiple"),
         (CPU, INT4, (256, 192), "K=192"),
         (CPU, INT4, (40, 256), "N=40"),
         (CUDA, Scheme("fp8_block", 8, block=(64, 128)), (256, 256), "not 64x128"),

@@ -17,7 +17,9 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_dtype
 
-from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack
+from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack, unpack
+from vllm_mixprec.quant.huge_pages import ask_for_huge_pages
+from vllm_mixprec.quant.int4_blocks import block_awq, block_columns, block_gptq
 
 Int4Layout = ops.CPUQuantAlgo
 """What int4 weights are packed from: AWQ's words or GPTQ v1's."""
@@ -37,7 +39,6 @@ _TENSORS: dict[int, int] = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, Exp
 # The kernels order weights by blocks of output features, each by itself.
 _BLOCK_ROWS = 32
 _REORDER_BYTES = 2 << 20
-_INT4_COLUMNS = 128
 
 
 def pack_plain(weight: torch.Tensor) -> torch.Tensor:
@@ -63,29 +64,24 @@ def pack_int4(
     (K / g, N / 8) int32 holding the zero points, of GPTQ less 1, each as its checkpoints pack it.
     Returns the blocked weight uint8, scale float32 and zero point int8.
     """
-    # vLLM's function unpacks all that it is given to eight times its size before it packs it; of a
-    # layer's experts that would be the peak of loading.
-    columns = _INT4_COLUMNS * torch.get_num_threads()
-    word = 8 if layout == Int4Layout.AWQ else 1  # columns in one element of ``weight``
-    experts, n = weight[None] if weight.dim() == 2 else weight, scale.shape[-1]
-    scales, zeros = scale.view(len(experts), -1, n), zero.view(len(experts), -1, n // 8)
-    packed: list[torch.Tensor] = []
-    for number in range(len(experts)):
-        for first in range(0, n, columns):
-            end = min(first + columns, n)
-            part = ops.convert_weight_packed_scale_zp(
-                experts[number, :, first // word : end // word].contiguous(),
-                zeros[number, :, first // 8 : end // 8].contiguous(),
-                scales[number, :, first:end].float().contiguous(),
-                layout,
-            )
-            packed = packed or [
-                piece.new_empty(len(experts), n // _BLOCK_ROWS, *piece.shape[1:]) for piece in part
-            ]
-            for whole, piece in zip(packed, part, strict=True):
-                whole[number, first // _BLOCK_ROWS : end // _BLOCK_ROWS] = piece
-    blocked, zero_points, factors = (whole if weight.dim() == 3 else whole[0] for whole in packed)
-    return blocked, factors, zero_points
+    awq = layout == Int4Layout.AWQ
+    experts = weight[None] if weight.dim() == 2 else weight
+    groups, n = scale.shape[-2:]
+    k = experts.shape[1] * (1 if awq else 8)
+    block_k = block_columns(k // groups)
+    blocked = torch.empty(
+        *(len(experts), n // _BLOCK_ROWS, k // block_k, 16 * block_k + 128), dtype=torch.uint8
+    )
+    ask_for_huge_pages([blocked])
+    zeros = unpack(zero, 4, AWQ_ORDER) if awq else unpack(zero, 4) + 1
+    place = block_awq if awq else block_gptq
+    for words, points, out in zip(experts, zeros.view(-1, groups, n), blocked, strict=True):
+        place(words, points, k // groups, out)
+    factors, points = (
+        each.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
+        for each, dtype in ((scale, torch.float32), (zeros, torch.int8))
+    )
+    return (blocked if weight.dim() == 3 else blocked[0]), factors, points
 
 
 def fp8_linear(
@@ -255,6 +251,8 @@ def probe(kernel: ExpertKernel, layout: Int4Layout | None = None) -> str | None:
     # A worker calls this while it builds the model, under the model's default dtype and device.
     with set_default_torch_dtype(torch.float32), torch.device("cpu"):
         try:
+            if layout is not None and not _is_blocked_as_vllm_does(layout):
+                return "vLLM lays int4 out otherwise than is known here"
             error = _probe(kernel, layout)
         except (RuntimeError, AttributeError, NotImplementedError) as problem:
             return f"its probe raised {type(problem).__name__}: {str(problem).splitlines()[0]}"
@@ -295,6 +293,23 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
     )
     expected = x.float() @ w13[0].T
     return max(error, ((out.float() - expected).norm() / expected.norm()).item())
+
+
+def _is_blocked_as_vllm_does(layout: Int4Layout) -> bool:
+    """Compare :func:`pack_int4` with vLLM's own, byte by byte, in each size of block."""
+    generator = torch.Generator().manual_seed(0)
+    for group_size in (32, 64, 128, 256):
+        words = (256, 8) if layout == Int4Layout.AWQ else (32, 64)
+        weight, zero = (
+            torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+            for shape in (words, (256 // group_size, 8))
+        )
+        scale = torch.rand(256 // group_size, 64, generator=generator)
+        expected = ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)
+        found, scales, zeros = pack_int4(weight, scale, zero, layout)
+        if not all(map(torch.equal, (found, zeros, scales), expected)):
+            return False
+    return True
 
 
 def _pack(layout: Int4Layout | None, stored: list[torch.Tensor]) -> list[torch.Tensor]:

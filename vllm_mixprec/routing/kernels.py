@@ -94,6 +94,9 @@ def _cpu_int4(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
         return "it takes zero points as GPTQ v1 stores them"
     if group_size % 32:
         return f"the group size {group_size} is not a multiple of 32"
+    if group_size > 128 and group_size % 128:
+        # The kernel works in blocks of 128 columns then, with the scale of each one's first.
+        return f"the group size {group_size} is over 128 and not a multiple of it"
     if k % group_size:
         return f"K={k} on a rank is not a multiple of the group size {group_size}"
     if n % 32:

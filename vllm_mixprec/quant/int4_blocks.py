@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lays int4 weights out as vLLM's compiled x86 int4 kernels read them.
+
+vLLM's own ``convert_weight_packed_scale_zp`` unpacks every code to an int32 of its own and packs
+those one by one; most of the time that loading int4 experts took. Here whole words are masked,
+shifted and added, four to eight codes at a time, in tiles that stay in the cache. The result is the
+same to the last byte, which :func:`vllm_mixprec.quant.cpu_ops.probe` compares before it is trusted.
+
+The layout (csrc/cpu/sgl-kernels/gemm_int4.cpp, ``_dequant_weight_zp_only`` and its callers), for 32
+output features by ``block_k`` input features: for every 4 input features k, 16 output features and
+j below 8, four bytes k, k + 1, k + 2, k + 3 which hold the code of output feature j in their lower
+half and that of j + 8 in their upper one; behind these codes, an int32 for each output feature, the
+sum over the block's input features of code less zero point. Scales and zero points are grouped by
+the same 32 output features.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BLOCK_ROWS = 32
+_BLOCK_COLUMNS = 128
+_TILE_WORDS = 1 << 16  # 256 KiB of words, 1 MiB with what is made of them
+# The codes at even places of a word's eight.
+_EVEN = torch.tensor(0x0F0F0F0F, dtype=torch.int32, device="cpu")
+# How many codes of 4 bits may be added up within a byte.
+_ADDENDS = 16
+
+
+def block_columns(group_size: int) -> int:
+    """Return how many input features a block spans: all of one group's, or 128 of them."""
+    return _BLOCK_COLUMNS if group_size % _BLOCK_COLUMNS == 0 else group_size
+
+
+def block_gptq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor) -> None:
+    """Lay out one GPTQ weight.
+
+    Args:
+        words: int32 (K / 8, N): eight input features a word, the first lowest.
+        zeros: int32 (K / group_size, N), zero points as they are subtracted.
+        group_size: input features that share a scale, a multiple of 8.
+        out: uint8 (N / 32, K / block_k, 16 * block_k + 128), written.
+    """
+    n, block_k = words.shape[1], block_columns(group_size)
+    blocks, rows = 8 * len(words) // block_k, block_k // 8
+    codes, sums = _open(out, block_k)
+    # Bytes of a word: the even input features of its eight, then, apart, the odd ones.
+    added = torch.empty(blocks, -(-rows // 8), n, dtype=torch.int32)
+    for block, count, low, high in _tiles(words, blocks, rows):
+        part, last = slice(block, block + count), block + count
+        even, odd = (_pair(each.view(count * rows, n // 16, 2, 8)) for each in (low, high))
+        bytes_of = even.view(torch.uint8).to(torch.int16)
+        bytes_of.add_(odd.view(torch.uint8), alpha=256)  # even, odd, even, odd: in order
+        quads = bytes_of.view(torch.int32).view(count, rows, n // 32, 2, 8, 2)
+        target = codes.view(n // 32, blocks, rows, 2, 2, 8)
+        target[:, part].copy_(quads.permute(2, 0, 1, 5, 3, 4))
+        low.add_(high)
+        for number, some in enumerate(low.view(count, rows, n).split(_ADDENDS // 2, 1)):
+            torch.sum(some, 1, dtype=torch.int32, out=added[block:last, number])
+    total = _add_bytes(added).sum(1, dtype=torch.int32)
+    sums.copy_(_less_zeros(total, zeros, block_k).transpose(0, 1))
+
+
+def block_awq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor) -> None:
+    """Lay out one AWQ weight.
+
+    Args:
+        words: int32 (K, N / 8): eight output features a word, in AWQ's order.
+        zeros: int32 (K / group_size, N), zero points as they are subtracted.
+        group_size: input features that share a scale, a multiple of 8.
+        out: uint8 (N / 32, K / block_k, 16 * block_k + 128), written.
+    """
+    n, block_k = 8 * words.shape[1], block_columns(group_size)
+    blocks = len(words) // block_k
+    codes, sums = _open(out, block_k)
+    # Output features of a word's bytes: 0, 4, 1, 5 at even places, 2, 6, 3, 7 at odd ones.
+    added = torch.zeros(2, blocks, n // 8 * 4, dtype=torch.int32)
+    for block, count, low, high in _tiles(words, blocks, block_k):
+        part = slice(block, block + count)
+        for place, each in enumerate((low, high)):
+            pair = _pair(each.view(count * block_k, n // 16, 2))
+            quads = pair.view(torch.uint8).view(count * block_k // 4, 4, n // 4)
+            first, second = (quads[:, row].to(torch.int16) for row in (0, 2))
+            first.add_(quads[:, 1], alpha=256)
+            second.add_(quads[:, 3], alpha=256)
+            # Two's complement: the upper half is shifted, the lower one loses its sign.
+            words_of = second.to(torch.int32).bitwise_left_shift_(16)
+            words_of.bitwise_or_(first.to(torch.int32).bitwise_and_(0xFFFF))
+            ordered = words_of.view(count, block_k // 4, n // 32, 2, 2, 2)
+            target = codes.view(n // 32, blocks, block_k // 4, 2, 2, 2, 2)[:, part, :, :, :, place]
+            target.copy_(ordered.permute(2, 0, 1, 3, 5, 4))
+            for some in each.view(count, block_k, n // 8).split(_ADDENDS, 1):
+                total = some.sum(1, dtype=torch.int32).view(torch.uint8)
+                added[place, part].add_(total.view(count, -1))
+    columns = added.view(2, blocks, n // 8, 2, 2).permute(1, 2, 4, 0, 3).reshape(blocks, n)
+    sums.copy_(_less_zeros(columns, zeros, block_k).transpose(0, 1))
+
+
+def _open(out: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
+    """Return views of a weight's codes, int32 (N / 32, blocks, 4 * block_k), and of its sums."""
+    words = out.view(torch.int32)
+    return words[..., : 4 * block_k], words[..., 4 * block_k :]
+
+
+def _tiles(words: Tensor, blocks: int, rows: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield (first block, blocks, codes at even places, codes at odd places), each byte a code.
+
+    The two tensors of codes are int32 (blocks * rows, columns) and good until the next.
+    """
+    columns = words.shape[1]
+    count = max(_TILE_WORDS * torch.get_num_threads() // (rows * columns), 1)
+    low, high = (torch.empty(count * rows, columns, dtype=torch.int32) for _ in range(2))
+    for block in range(0, blocks, count):
+        some = min(count, blocks - block)
+        tile = words[block * rows : (block + some) * rows]
+        even = torch.bitwise_and(tile, _EVEN, out=low[: some * rows])
+        odd = torch.bitwise_right_shift(tile, 4, out=high[: some * rows]).bitwise_and_(_EVEN)
+        yield block, some, even, odd
+
+
+def _pair(codes: Tensor) -> Tensor:
+    """Put the codes of output features j and j + 8 into one byte."""
+    return torch.add(codes[:, :, 0], codes[:, :, 1], alpha=16)
+
+
+def _add_bytes(words: Tensor) -> Tensor:
+    """Return the sum of each word's four bytes."""
+    pairs = (words & 0x00FF00FF) + ((words >> 8) & 0x00FF00FF)
+    return (pairs & 0xFFFF) + (pairs >> 16)
+
+
+def _less_zeros(sums: Tensor, zeros: Tensor, block_k: int) -> Tensor:
+    """Return int32 (blocks, N / 32, 32): sums of codes, less the zero point of each."""
+    each = zeros.repeat_interleave(len(sums) // len(zeros), 0)
+    return (sums - each * block_k).view(len(sums), -1, _BLOCK_ROWS)
