@@ -29,7 +29,6 @@ from vllm_mixprec.loading.rows import rank_rows
 from vllm_mixprec.models import PREPARE
 from vllm_mixprec.patches import apply_patches
 from vllm_mixprec.quant.config import LOAD_FORMAT, MixPrecConfig
-from vllm_mixprec.quant.huge_pages import ask_for_huge_pages
 from vllm_mixprec.routing import Route
 from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.structure import ModelDims, layer_index
@@ -60,7 +59,6 @@ class MixPrecLoader(BaseModelLoader):
         prepare = PREPARE.get(type(model).__name__)
         if prepare is not None:
             prepare(model)
-        ask_for_huge_pages(parameter.data for parameter in model.parameters())
         dims = ModelDims.from_config(config.table.base_config)
         runners = [module for module in model.modules() if isinstance(module, MoERunner)]
         model.mixprec_intake = Intake(

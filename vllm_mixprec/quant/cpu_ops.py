@@ -18,7 +18,6 @@ from vllm import _custom_ops as ops
 from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_dtype
 
 from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack, unpack
-from vllm_mixprec.quant.huge_pages import ask_for_huge_pages
 from vllm_mixprec.quant.int4_blocks import block_awq, block_columns, block_gptq
 
 Int4Layout = ops.CPUQuantAlgo
@@ -72,7 +71,6 @@ def pack_int4(
     blocked = torch.empty(
         *(len(experts), n // _BLOCK_ROWS, k // block_k, 16 * block_k + 128), dtype=torch.uint8
     )
-    ask_for_huge_pages([blocked])
     zeros = unpack(zero, 4, AWQ_ORDER) if awq else unpack(zero, 4) + 1
     place = block_awq if awq else block_gptq
     for words, points, out in zip(experts, zeros.view(-1, groups, n), blocked, strict=True):
