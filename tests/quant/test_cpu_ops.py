@@ -122,6 +122,19 @@ def test_int4_weights_are_blocked_as_vllm_blocks_them(layout, experts, k, n, gro
 
 
 @pytest.mark.parametrize("layout", Int4Layout)
+@pytest.mark.parametrize("group_size", [64, 256])
+def test_int4_weights_with_room_are_blocked_where_they_are(layout, group_size):
+    weight, scale, zero = int4_words(layout, (3,), 256, 96, group_size)
+    roomy = cpu_ops.with_room(weight, group_size)
+    assert roomy.shape == weight.shape and not roomy.is_contiguous()
+    roomy.copy_(weight)
+    found = cpu_ops.pack_int4(roomy, scale, zero, layout)
+    assert found[0].data_ptr() == roomy.data_ptr() and found[0].is_contiguous()
+    for one, other in zip(found, cpu_ops.pack_int4(weight, scale, zero, layout), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", Int4Layout)
 def test_codes_that_sum_to_the_most_are_added_up_right(layout):
     """15 everywhere: where a byte's sum would overflow, it would show."""
     weight, scale, zero = int4_words(layout, (), 512, 64, 128)

@@ -33,6 +33,7 @@ from vllm_mixprec.quant.cpu_ops import (
     mixed_experts,
     pack_int4,
     pack_plain,
+    with_room,
 )
 from vllm_mixprec.quant.expert_parameters import (
     ExpertSizes,
@@ -343,6 +344,9 @@ class CpuInt4ExpertsMethod(CpuExpertsMethod):
     ) -> None:
         sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition)
         create_int4(layer, sizes, self.scheme, torch.float32, extra_weight_attrs)
+        for name, _, columns in sizes.weights():
+            words, scales = getattr(layer, f"{name}_qweight"), getattr(layer, f"{name}_scales")
+            words.data = with_room(words.data, columns // scales.shape[1])
 
     def pack(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor

@@ -66,20 +66,48 @@ def pack_int4(
     awq = layout == Int4Layout.AWQ
     experts = weight[None] if weight.dim() == 2 else weight
     groups, n = scale.shape[-2:]
-    k = experts.shape[1] * (1 if awq else 8)
-    block_k = block_columns(k // groups)
-    blocked = torch.empty(
-        *(len(experts), n // _BLOCK_ROWS, k // block_k, 16 * block_k + 128), dtype=torch.uint8
+    group_size = experts.shape[1] * (1 if awq else 8) // groups
+    room = _room_of(experts, group_size)
+    in_place = room is not None
+    if room is None:
+        room = torch.empty(_roomy_shape(experts, group_size), dtype=torch.int32)
+    blocked = room.view(torch.uint8).view(
+        len(experts), n // _BLOCK_ROWS, -1, 16 * block_columns(group_size) + 128
     )
     zeros = unpack(zero, 4, AWQ_ORDER) if awq else unpack(zero, 4) + 1
     place = block_awq if awq else block_gptq
     for words, points, out in zip(experts, zeros.view(-1, groups, n), blocked, strict=True):
-        place(words, points, k // groups, out)
+        place(words.clone() if in_place else words, points, group_size, out)
     factors, points = (
         each.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
         for each, dtype in ((scale, torch.float32), (zeros, torch.int8))
     )
     return (blocked if weight.dim() == 3 else blocked[0]), factors, points
+
+
+def with_room(words: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return a tensor of this shape, (experts, K / 8, N) or (experts, K, N / 8), not its values.
+
+    Its experts lie as far apart as :func:`pack_int4` needs to block them where they are: fresh
+    memory for the result costs as much time as the work does, and would be the peak of loading.
+    """
+    room = torch.empty(_roomy_shape(words, group_size), dtype=torch.int32)
+    return room[:, : words[0].numel()].view(words.shape)
+
+
+def _room_of(words: torch.Tensor, group_size: int) -> torch.Tensor | None:
+    """Return the whole memory of a tensor that :func:`with_room` made; None of any other."""
+    experts, each = _roomy_shape(words, group_size)
+    storage = words.untyped_storage()
+    if words.stride(0) != each or storage.nbytes() != 4 * experts * each:
+        return None
+    return torch.empty(0, dtype=torch.int32).set_(storage).view(experts, each)
+
+
+def _roomy_shape(words: torch.Tensor, group_size: int) -> tuple[int, int]:
+    """Experts, and int32 that each takes when blocked: its words, and a sum a block and column."""
+    each = words[0].numel()
+    return len(words), each + 8 * each // block_columns(group_size)
 
 
 def fp8_linear(
