@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.checkpoint.formats import FORMATS, Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.routing import Platform, detect_platform, missing_kernel
 
@@ -129,3 +129,13 @@ def test_unknown_platform_in_the_environment_is_an_error(monkeypatch: pytest.Mon
 def test_this_machine_is_detected_as_one_of_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_MIXPREC_PLATFORM", raising=False)
     assert detect_platform().family in ("cpu-avx512", "cpu-other", "cuda", "other")
+
+
+def test_groups_that_the_cpu_kernel_gets_wrong_have_a_finer_layout() -> None:
+    stored = replace(INT4, group_size=192)
+    ways = [
+        layout
+        for layout in FORMATS["gptq"].layouts(stored)
+        if missing_kernel(CPU, layout, "experts", (256, 384)) is None
+    ]
+    assert ways[0] == replace(INT4, group_size=64)

@@ -36,14 +36,14 @@ _THREADS = 4
 
 def start_readers() -> ThreadPoolExecutor:
     """Start threads to read with."""
-    return ThreadPoolExecutor(_THREADS, thread_name_prefix="mixprec-read", initializer=_unpin)
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="mixprec-read", initializer=unpin)
 
 
-def _unpin() -> None:
+def unpin() -> None:
     """Let this thread run where the process's parent may.
 
     vLLM's CPU workers bind OpenMP's threads to a core each, the main thread among them, and a new
-    thread inherits its core: four readers would take turns with the thread that they read for.
+    thread inherits its core: readers would take turns with the thread that they read for.
     """
     if len(os.sched_getaffinity(0)) == 1:
         os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))

@@ -8,6 +8,7 @@ straight to the layer that holds them; the rest goes on to the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -175,14 +176,18 @@ def check_order(route: Route, g_idx: torch.Tensor) -> None:
     """
     group_size = route.stored.group_size
     assert group_size is not None, f"{route.module}: a gptq scheme has a group size"
-    expected = torch.arange(g_idx.numel(), dtype=g_idx.dtype).div(group_size, rounding_mode="floor")
-    if not torch.equal(g_idx, expected):
+    if not torch.equal(g_idx, _in_order(g_idx.numel(), group_size, g_idx.dtype)):
         spec = route.tensors["g_idx"]
         raise RouteError(
             f"{spec.name} in {spec.file}: rows are not grouped in order though the checkpoint's "
             f"config.json says desc_act false; expected row k in group k // {group_size}. Set "
             "desc_act to true there, or choose another source"
         )
+
+
+@lru_cache(maxsize=8)  # an expert's projections have few shapes, and thousands of tensors
+def _in_order(rows: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(rows, dtype=dtype, device="cpu").div(group_size, rounding_mode="floor")
 
 
 def check_zeros(route: Route, qzeros: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from vllm_mixprec.checkpoint.hub import fetch
 from vllm_mixprec.checkpoint.spelling import class_name
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import PlanError, UnsupportedError
+from vllm_mixprec.loading.fresh_pages import made_ahead
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.loading.reload import as_files_are
@@ -93,7 +94,8 @@ class MixPrecLoader(BaseModelLoader):
         config = _plan_config(get_current_vllm_config())
         ledger = Ledger(model, lent_parameters(model, config))
         try:
-            model.load_weights(self.get_all_weights(model_config, model), ledger)
+            with made_ahead(parameter.data for parameter in model.parameters()):
+                model.load_weights(self.get_all_weights(model_config, model), ledger)
             model.mixprec_intake.close()
             ledger.close()
         finally:

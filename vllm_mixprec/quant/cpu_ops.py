@@ -9,6 +9,7 @@ wrong results without an error.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from functools import cache
 
@@ -18,6 +19,7 @@ from vllm import _custom_ops as ops
 from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_dtype
 
 from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack, unpack
+from vllm_mixprec.checkpoint.stored import unpin
 from vllm_mixprec.quant.int4_blocks import block_awq, block_columns, block_gptq
 
 Int4Layout = ops.CPUQuantAlgo
@@ -38,6 +40,7 @@ _TENSORS: dict[int, int] = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, Exp
 # The kernels order weights by blocks of output features, each by itself.
 _BLOCK_ROWS = 32
 _REORDER_BYTES = 2 << 20
+_THREADS = 4
 
 
 def pack_plain(weight: torch.Tensor) -> torch.Tensor:
@@ -76,8 +79,16 @@ def pack_int4(
     )
     zeros = unpack(zero, 4, AWQ_ORDER) if awq else unpack(zero, 4) + 1
     place = block_awq if awq else block_gptq
-    for words, points, out in zip(experts, zeros.view(-1, groups, n), blocked, strict=True):
+
+    def block(words: torch.Tensor, points: torch.Tensor, out: torch.Tensor) -> None:
         place(words.clone() if in_place else words, points, group_size, out)
+
+    each = experts, zeros.view(-1, groups, n), blocked
+    if len(experts) == 1 or torch.get_num_threads() > 1:
+        list(map(block, *each))
+    else:  # where OpenMP has one thread, whole experts go to the cores that it leaves idle
+        with ThreadPoolExecutor(_THREADS, initializer=unpin) as pool:
+            list(pool.map(block, *each))
     factors, points = (
         each.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
         for each, dtype in ((scale, torch.float32), (zeros, torch.int8))
