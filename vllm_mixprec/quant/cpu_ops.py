@@ -3,41 +3,48 @@
 
 vLLM 0.32 ships ``fused_experts_cpu`` (csrc/cpu/sgl-kernels/moe.cpp) for bf16, FP8 and int4 weights
 but offers it only on CPUs with AMX tiles. The kernels themselves run on AVX512_BF16 without AMX;
-:func:`probe` runs each on a known case before it is trusted. Their traps, all avoided here: an
+:mod:`.cpu_probe` runs each on a known case before it is trusted. Their traps, all avoided here: an
 expert id of -1 crashes them, an empty batch divides by zero, and non-contiguous ids or weights give
 wrong results without an error.
 """
 
 from collections.abc import Iterator
 from enum import IntEnum
-from functools import cache
 
 import numpy as np
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from vllm import _custom_ops as ops
-from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_dtype
-
-from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack
+from vllm.utils.torch_utils import direct_register_custom_op
 
 Int4Layout = ops.CPUQuantAlgo
 """What int4 weights are packed from: AWQ's words or GPTQ v1's."""
 
 
 class ExpertKernel(IntEnum):
-    """A weight format of ``fused_experts_cpu``; the values are vLLM's ``CPUQuantMethod``."""
+    """A weight format of experts; the values up to 5 are vLLM's ``CPUQuantMethod``."""
 
     BF16 = 0
     FP8_BLOCK = 2
     INT4 = 3
+    FP8_CHANNEL = 100
+    """``fused_experts_cpu`` has FP8 in blocks only: run by the linear kernel, expert by expert."""
 
 
 # How many tensors a group passes to the op: w13, w2, then scales, then zero points.
-_TENSORS: dict[int, int] = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, ExpertKernel.INT4: 6}
+_TENSORS: dict[int, int] = {
+    ExpertKernel.BF16: 2,
+    ExpertKernel.FP8_BLOCK: 4,
+    ExpertKernel.INT4: 6,
+    ExpertKernel.FP8_CHANNEL: 4,
+}
 
 # The kernels order weights by blocks of output features, each by itself.
 _BLOCK_ROWS = 32
 _REORDER_BYTES = 2 << 20
 _INT4_COLUMNS = 128
+_FP8_BLOCK_COLUMNS = 128
+_MAGNITUDES = 0x7F7F7F7F7F7F7F7F  # of eight E4M3 codes: all but their signs
 
 
 def pack_plain(weight: torch.Tensor) -> torch.Tensor:
@@ -88,10 +95,59 @@ def pack_int4(
     return blocked, factors, zero_points
 
 
+def clear_zero_tiles(
+    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
+) -> torch.Tensor:
+    """Make the scale zero where all weights that share it are, and return the scales.
+
+    vLLM's FP8 kernels for CPUs know no subnormal numbers: they read a code of zero as 2^-7. Beside
+    codes up to 448 that is nothing, but of a tile of zeros it is all there is.
+
+    Args:
+        weight: E4M3 (N, K) or (experts, N, K), not yet packed; K a multiple of 32.
+        scale: float32, one a block of ``block`` rows and columns; changed where it is.
+    """
+    n, k = weight.shape[-2:]
+    rows, columns = block[0], min(block[1], k)
+    down, across = -(-n // rows), -(-k // columns)
+    matrices, scales = weight.view(-1, n, k), scale.view(-1, down, across)
+    for matrix, factors in zip(matrices, scales, strict=True):
+        words = matrix.view(torch.int64) & _MAGNITUDES
+        if n % rows or k % columns:
+            padding = 0, (across * columns - k) // 8, 0, down * rows - n
+            words = torch.nn.functional.pad(words, padding)
+        used = words.view(down, rows, across, columns // 8).any(3).any(1)
+        factors.masked_fill_(~used, 0)
+    return scale
+
+
+def unit_scale(columns: int) -> torch.Tensor:
+    """Return block scales of one, for weights (N, K) of so many columns and a block of (N, 128)."""
+    return torch.ones(1, -(-columns // _FP8_BLOCK_COLUMNS), dtype=torch.float32)
+
+
+def fp8_channel_linear(
+    x: torch.Tensor, weight: torch.Tensor, unit: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Multiply (M, K) bfloat16 by a packed E4M3 weight (N, K) with a scale a row: (M, N) float32.
+
+    The block kernel multiplies the codes, with scales of one (``unit``), and accumulates in
+    float32; it rounds to bfloat16, and ``scale`` (N,) float32 multiplies what comes out.
+    """
+    return fp8_linear(x, weight, unit, [weight.shape[0], _FP8_BLOCK_COLUMNS]) * scale
+
+
+def _has_no_rows(x: torch.Tensor) -> bool:
+    """Whether a batch is empty, by which the kernels divide; of a symbolic size, whether always."""
+    return statically_known_true(x.shape[0] == 0)
+
+
 def fp8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: list[int]
 ) -> torch.Tensor:
     """Multiply (M, K) bfloat16 by a packed E4M3 weight (N, K) with its block scales: (M, N)."""
+    if _has_no_rows(x):
+        return x.new_empty(0, weight.shape[0])
     return torch.ops._C.fp8_scaled_mm_cpu(x.contiguous(), weight, scale, block, None, x.dtype, True)
 
 
@@ -99,6 +155,8 @@ def int4_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 ) -> torch.Tensor:
     """Multiply (M, K) bfloat16 by a blocked int4 weight: (M, N)."""
+    if _has_no_rows(x):
+        return x.new_empty(0, weight.shape[0] * _BLOCK_ROWS)
     return ops.int4_scaled_mm_cpu(x.contiguous(), weight, zero, scale, None)
 
 
@@ -111,6 +169,8 @@ def _run(
     block: list[int],
 ) -> torch.Tensor:
     """Run one kernel: ``x`` (M, H), ``weights`` float32 and ``ids`` int32 (M, k) of local slots."""
+    if kernel == ExpertKernel.FP8_CHANNEL:
+        return _run_one_by_one(x, weights, ids, tensors)
     out = torch.empty_like(x)
     scales = tensors[2:4] if len(tensors) > 2 else (None, None)
     zeros = tensors[4:6] if len(tensors) > 4 else (None, None)
@@ -120,6 +180,27 @@ def _run(
         *(block or None, None, None, None, None, True),
     )
     return out
+
+
+def _run_one_by_one(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, tensors: list[torch.Tensor]
+) -> torch.Tensor:
+    """Run FP8 experts with a scale a row: two linear kernels for each expert that is chosen."""
+    w13, w2, scale13, scale2 = tensors
+    unit13, unit2 = unit_scale(w13.shape[2]), unit_scale(w2.shape[2])
+    top_k = ids.shape[1]
+    slots, pair_weights = ids.numpy().reshape(-1), weights.view(-1)
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for slot in np.unique(slots):
+        pairs = (slots == slot).nonzero()[0]
+        rows = torch.from_numpy(pairs // top_k)
+        inner = fp8_channel_linear(x.index_select(0, rows), w13[slot], unit13, scale13[slot])
+        gate, up = inner.chunk(2, 1)
+        act = torch.nn.functional.silu(gate).mul_(up).to(x.dtype)
+        part = fp8_channel_linear(act, w2[slot], unit2, scale2[slot])
+        part.mul_(pair_weights[torch.from_numpy(pairs)].unsqueeze(1))
+        total.index_add_(0, rows, part)
+    return total.to(x.dtype)
 
 
 def _mixed_experts(
@@ -242,94 +323,3 @@ direct_register_custom_op(
     dispatch_key="CPU",
 )
 mixed_experts = torch.ops.vllm_mixprec.cpu_mixed_experts
-
-
-@cache
-def probe(kernel: ExpertKernel, layout: Int4Layout | None = None) -> str | None:
-    """Run a kernel, experts and linear, on a small known case; None means it can be trusted.
-
-    Two experts, 256 x 128, three tokens, against float32 arithmetic on the same dequantised
-    weights; ``layout`` is that of int4 ones. Returns what went wrong otherwise. A CPU without the
-    instructions would die of SIGILL here, so the caller asks the CPU's flags first.
-    """
-    # A worker calls this while it builds the model, under the model's default dtype and device.
-    with set_default_torch_dtype(torch.float32), torch.device("cpu"):
-        try:
-            error = _probe(kernel, layout)
-        except (RuntimeError, AttributeError, NotImplementedError) as problem:
-            return f"its probe raised {type(problem).__name__}: {str(problem).splitlines()[0]}"
-    # int8 activations cost the int4 kernel about 0.02, rounding to bf16 the others 0.004; a wrong
-    # layout, sign or scale is off by 0.3 and more.
-    if not error < 0.06:
-        return f"its probe is off by {error:.3f} of the result's norm (at most 0.06)"
-    return None
-
-
-def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
-    """Return the larger relative error of the expert and the linear kernel."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, inner = 256, 128
-    x = torch.randn(3, hidden, generator=generator).bfloat16()
-    ids = torch.tensor([[0, 1], [1, 0], [1, 0]], dtype=torch.int32)
-    weights = torch.rand(3, 2, generator=generator)
-    w13, stored13 = _probe_weights(kernel, layout, 2 * inner, hidden, generator)
-    w2, stored2 = _probe_weights(kernel, layout, hidden, inner, generator)
-    linear = _pack(layout, [tensor[0].clone() for tensor in stored13])  # packing may be in place
-    packed = zip(_pack(layout, stored13), _pack(layout, stored2), strict=True)
-    block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
-    tensors = [tensor for pair in packed for tensor in pair]
-    out = mixed_experts(x, weights, ids, None, tensors, [kernel], block)
-    expected = torch.zeros(3, hidden)
-    for token in range(3):
-        for choice, expert in enumerate(ids[token].tolist()):
-            gate, up = (w13[expert] @ x[token].float()).chunk(2)
-            act = torch.nn.functional.silu(gate) * up
-            expected[token] += weights[token, choice] * (w2[expert] @ act)
-    error = ((out.float() - expected).norm() / expected.norm()).item()
-    if kernel is ExpertKernel.BF16:  # vLLM's own linear serves bf16
-        return error
-    out = (
-        fp8_linear(x, *linear, block)
-        if kernel is ExpertKernel.FP8_BLOCK
-        else int4_linear(x, *linear)
-    )
-    expected = x.float() @ w13[0].T
-    return max(error, ((out.float() - expected).norm() / expected.norm()).item())
-
-
-def _pack(layout: Int4Layout | None, stored: list[torch.Tensor]) -> list[torch.Tensor]:
-    if layout is not None:
-        weight, scale, zero = stored
-        return list(pack_int4(weight, scale, zero, layout))
-    return [pack_plain(stored[0]), *stored[1:]]
-
-
-def _probe_weights(
-    kernel: ExpertKernel,
-    layout: Int4Layout | None,
-    n: int,
-    k: int,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return two experts' float32 weights (2, n, k) and the tensors a checkpoint holds of them."""
-    weight = torch.randn(2, n, k, generator=generator)
-    if kernel is ExpertKernel.BF16:
-        weight = (weight / k**0.5).bfloat16()
-        return weight.float(), [weight]
-    if kernel is ExpertKernel.FP8_BLOCK:
-        weight = (weight * 8).to(torch.float8_e4m3fn)
-        scale = torch.rand(2, n // 128, k // 128, generator=generator) / (8 * k**0.5)
-        wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
-        return weight.float() * wide, [weight, scale]
-    group = 64
-    codes = torch.randint(0, 16, (2, k, n), generator=generator)
-    offset = 0 if layout == Int4Layout.AWQ else 1  # what is added to a stored zero point
-    zeros = torch.randint(0, 16, (2, k // group, n), generator=generator) + offset
-    scale = torch.rand(2, k // group, n, generator=generator) / (6 * k**0.5)
-    centred = codes - zeros.repeat_interleave(group, 1)
-    dense = (centred * scale.repeat_interleave(group, 1)).mT.contiguous()
-    if layout == Int4Layout.AWQ:
-        words, zero_words = (pack(each.int(), 4, AWQ_ORDER) for each in (codes, zeros))
-    else:
-        words, zero_words = pack(codes.mT.int(), 4).mT, pack((zeros - offset).int(), 4)
-    return dense, [words, scale, zero_words]
