@@ -109,15 +109,17 @@ def clear_zero_tiles(
     """
     n, k = weight.shape[-2:]
     rows, columns = block[0], min(block[1], k)
-    down, across = -(-n // rows), -(-k // columns)
-    matrices, scales = weight.view(-1, n, k), scale.view(-1, down, across)
-    for matrix, factors in zip(matrices, scales, strict=True):
-        words = matrix.view(torch.int64) & _MAGNITUDES
-        if n % rows or k % columns:
-            padding = 0, (across * columns - k) // 8, 0, down * rows - n
-            words = torch.nn.functional.pad(words, padding)
-        used = words.view(down, rows, across, columns // 8).any(3).any(1)
-        factors.masked_fill_(~used, 0)
+    matrices = weight.view(-1, n, k)
+    for matrix, factors in zip(
+        matrices, scale.view(len(matrices), -1, -(-k // columns)), strict=True
+    ):
+        words = matrix.view(torch.int64)  # eight codes each
+        # Nearly every tile has a number among its first: only of the others all are read.
+        first = words[::rows, :: columns // 8] & _MAGNITUDES
+        for row, column in (first == 0).nonzero().tolist():
+            tile = words[row * rows :, column * columns // 8 :][:rows, : columns // 8]
+            if not (tile & _MAGNITUDES).any():
+                factors[row, column] = 0
     return scale
 
 
@@ -185,22 +187,39 @@ def _run(
 def _run_one_by_one(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, tensors: list[torch.Tensor]
 ) -> torch.Tensor:
-    """Run FP8 experts with a scale a row: two linear kernels for each expert that is chosen."""
+    """Run FP8 experts with a scale a row: two linear kernels for each expert that is chosen.
+
+    All else is done at once, on the (token, choice) pairs sorted by expert.
+    """
     w13, w2, scale13, scale2 = tensors
-    unit13, unit2 = unit_scale(w13.shape[2]), unit_scale(w2.shape[2])
-    top_k = ids.shape[1]
-    slots, pair_weights = ids.numpy().reshape(-1), weights.view(-1)
+    slots = ids.numpy().reshape(-1)
+    pairs = slots.argsort(kind="stable")
+    counts = np.bincount(slots)
+    chosen = counts.nonzero()[0]
+    ends = counts[chosen].cumsum().tolist()
+    spans = list(zip(chosen.tolist(), [0, *ends[:-1]], ends, strict=True))
+    rows = torch.from_numpy(pairs // ids.shape[1])
+    gate, up = _each_expert(x.index_select(0, rows), w13, scale13, spans).chunk(2, 1)
+    act = torch.nn.functional.silu(gate).mul_(up).to(x.dtype)
+    parts = _each_expert(act, w2, scale2, spans)
+    parts.mul_(weights.view(-1, 1).index_select(0, torch.from_numpy(pairs)))
     total = torch.zeros(x.shape, dtype=torch.float32)
-    for slot in np.unique(slots):
-        pairs = (slots == slot).nonzero()[0]
-        rows = torch.from_numpy(pairs // top_k)
-        inner = fp8_channel_linear(x.index_select(0, rows), w13[slot], unit13, scale13[slot])
-        gate, up = inner.chunk(2, 1)
-        act = torch.nn.functional.silu(gate).mul_(up).to(x.dtype)
-        part = fp8_channel_linear(act, w2[slot], unit2, scale2[slot])
-        part.mul_(pair_weights[torch.from_numpy(pairs)].unsqueeze(1))
-        total.index_add_(0, rows, part)
-    return total.to(x.dtype)
+    return total.index_add_(0, rows, parts).to(x.dtype)
+
+
+def _each_expert(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    spans: list[tuple[int, int, int]],
+) -> torch.Tensor:
+    """Multiply each span of rows, (expert, first, end), by its expert's weight: float32."""
+    out = torch.empty(x.shape[0], weight.shape[1], dtype=torch.float32)
+    unit, block = unit_scale(weight.shape[2]), [weight.shape[1], _FP8_BLOCK_COLUMNS]
+    for expert, first, end in spans:
+        part = fp8_linear(x[first:end], weight[expert], unit, block)
+        torch.mul(part, scale[expert], out=out[first:end])
+    return out
 
 
 def _mixed_experts(
