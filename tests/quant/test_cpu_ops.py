@@ -125,6 +125,13 @@ def test_probe_reports_a_kernel_that_is_wrong(monkeypatch, part):
     assert "off by 0.5" in cpu_probe.probe.__wrapped__(ExpertKernel.INT4, Int4Layout.GPTQ)
 
 
+def test_probe_reports_a_linear_kernel_that_is_wrong_for_experts_too(monkeypatch):
+    """Those of FP8 with a scale a row run through it."""
+    right = cpu_ops.fp8_linear
+    monkeypatch.setattr(cpu_ops, "fp8_linear", lambda *args: right(*args) * 0.5)
+    assert "off by 0." in cpu_probe.probe.__wrapped__(ExpertKernel.FP8_CHANNEL)
+
+
 @pytest.mark.parametrize("layout", Int4Layout)
 def test_probe_reports_the_other_layout(monkeypatch, layout):
     """Words of one layout, read as the other's: the shapes alone would not tell."""
