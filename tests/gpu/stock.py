@@ -28,7 +28,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 from vllm.v1.worker import workspace
 
-from tests.gpu.weights import GROUP, Experts
+from tests.gpu.weights import GROUP, ROWS, Experts
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.quant.experts import MixedExpertsMethod, _mapped_backend, load_expert
 from vllm_mixprec.quant.methods import experts_method
@@ -41,6 +41,7 @@ MODEL = Path(__file__).parent.parent / "fixtures" / "random-moe" / "bf16"
 SCHEMES = {
     "bf16": Scheme("bf16", 16),
     "fp8": Scheme("fp8_block", 8, block=(128, 128)),
+    ROWS: Scheme("fp8_channel", 8),
     "int4": Scheme("gptq", 4, group_size=GROUP),
 }
 

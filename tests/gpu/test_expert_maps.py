@@ -7,6 +7,7 @@ One test a row of ``_mapped_backend`` in vllm_mixprec/quant/experts.py, and the 
 import pytest
 import torch
 
+from tests.gpu.weights import ROWS as FP8_ROWS
 from tests.gpu.weights import Experts, Shape, relative_error, route
 
 SHAPE = Shape(experts=16, hidden=512, inner=256, top_k=4)
@@ -19,6 +20,8 @@ ROWS = {
     "triton, bf16": ("bf16", None, "triton"),
     "triton, fp8": ("fp8", 89, "triton"),
     "marlin, fp8": ("fp8", 80, "marlin"),
+    "triton, fp8 rows": (FP8_ROWS, 89, "triton"),
+    "marlin, fp8 rows": (FP8_ROWS, 80, "marlin"),
     "marlin, int4": ("int4", None, "marlin"),
 }
 
@@ -38,8 +41,9 @@ def capability() -> int:
 
 
 def bound(format: str, capability: int) -> float:
-    native = format == "fp8" and capability >= 89
-    return BOUNDS["fp8 native" if native else format]
+    if format not in ("fp8", FP8_ROWS):
+        return BOUNDS[format]
+    return BOUNDS["fp8 native" if capability >= 89 else "fp8"]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -71,7 +75,9 @@ def test_a_kernel_skips_the_experts_that_are_not_its_own(row, rank, capability, 
 
 @pytest.mark.parametrize("kernel", ["groups", "one-launch"])
 @pytest.mark.parametrize(
-    "mix", [("fp8", "int4"), ("bf16", "int4"), ("bf16", "fp8", "int4")], ids="+".join
+    "mix",
+    [("fp8", "int4"), ("bf16", "int4"), ("bf16", "fp8", "int4"), (FP8_ROWS, "bf16", "int4")],
+    ids="+".join,
 )
 def test_a_layer_of_several_formats_is_float32s(mix, kernel, rank, capability, device):
     from tests.gpu.stock import build, run

@@ -22,6 +22,8 @@ from vllm_mixprec.quant.grouped_weights import (
 BLOCK = (128, 128)
 GROUP = 128
 FORMATS = ("bf16", "fp8", "int4")
+ROWS = "fp8 rows"
+"""One more: FP8 with a scale a row."""
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 Stored = Mapping[str, Tensor]
@@ -54,16 +56,16 @@ def draw(format: str, rows: int, cols: int, generator: torch.Generator) -> Store
     if format == "bf16":
         weight = torch.empty(rows, cols, dtype=torch.bfloat16, device=device)
         return {"weight": weight.normal_(0, std, generator=generator)}
-    if format == "fp8":
+    if format in ("fp8", ROWS):
         codes = torch.empty(rows, cols, device=device).normal_(0, 100, generator=generator)
-        grid = (-(-rows // BLOCK[0]), -(-cols // BLOCK[1]))
+        grid = (-(-rows // BLOCK[0]), -(-cols // BLOCK[1])) if format == "fp8" else (rows, 1)
         scales = torch.empty(grid, device=device).uniform_(0.5, 1.5, generator=generator)
         return {
             "weight": codes.clamp_(-448, 448).to(torch.float8_e4m3fn),
-            "weight_scale_inv": scales * (std / 100),
+            "weight_scale_inv" if format == "fp8" else "weight_scale": scales * (std / 100),
         }
     if format != "int4":
-        raise ValueError(f"format {format!r}, expected one of {FORMATS}")
+        raise ValueError(f"format {format!r}, expected one of {(*FORMATS, ROWS)}")
     words = torch.randint(
         -(2**31), 2**31, (cols // 8, rows), generator=generator, device=device
     ).to(torch.int32)
@@ -86,6 +88,8 @@ def widen(stored: Stored) -> Tensor:
         codes = codes.reshape(-1, words.shape[1]).float() - 8
         return (codes * stored["scales"].float().repeat_interleave(GROUP, 0)).T
     weight = stored["weight"].float()
+    if "weight_scale" in stored:
+        return weight * stored["weight_scale"]
     scales = stored.get("weight_scale_inv")
     if scales is None:
         return weight
@@ -102,6 +106,9 @@ def pack(parts: Iterable[Stored]) -> Weight:
         }
         return pack_int4(both["qweight"], both["scales"])
     weight = torch.cat([part["weight"] for part in stored])
+    if "weight_scale" in stored[0]:
+        scales = torch.cat([part["weight_scale"] for part in stored])
+        return Fp8Weight(weight, scales, (1, weight.shape[1]), parts=len(stored))
     if "weight_scale_inv" not in stored[0]:
         return PlainWeight(weight)
     scales = torch.cat([part["weight_scale_inv"] for part in stored])

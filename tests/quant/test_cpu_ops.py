@@ -7,8 +7,9 @@ import vllm._C  # noqa: F401  registers the compiled kernels
 from vllm import _custom_ops as ops
 
 from vllm_mixprec.checkpoint.packing import pack
-from vllm_mixprec.quant import cpu_ops, methods
-from vllm_mixprec.quant.cpu_ops import ExpertKernel, Int4Layout, mixed_experts
+from vllm_mixprec.quant import cpu_ops, cpu_probe, int4_blocks, methods
+from vllm_mixprec.quant.cpu_ops import ExpertKernel, mixed_experts
+from vllm_mixprec.quant.int4_blocks import Int4Layout, with_room
 from vllm_mixprec.routing.kernels import detect_platform
 
 pytestmark = pytest.mark.skipif(
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.skipif(
 
 HIDDEN, INNER = 256, 128
 # bf16 rounding of inputs and outputs; the int4 kernel also rounds activations to int8.
-BOUND = {ExpertKernel.BF16: 0.01, ExpertKernel.FP8_BLOCK: 0.01, ExpertKernel.INT4: 0.03}
+BOUND = {kernel: 0.01 for kernel in ExpertKernel} | {ExpertKernel.INT4: 0.03}
+BLOCKS = {kernel: [0, 0] for kernel in ExpertKernel} | {ExpertKernel.FP8_BLOCK: [128, 128]}
+ALL_BLOCKS = [size for kernel in ExpertKernel for size in BLOCKS[kernel]]
 
 
 def make_group(kernel, experts, seed):
@@ -35,6 +38,11 @@ def make_group(kernel, experts, seed):
             codes = (blocks / scale[:, :, None, :, None]).to(torch.float8_e4m3fn)
             dense.append((codes.float() * scale[:, :, None, :, None]).view(experts, n, k))
             stored.append([cpu_ops.pack_plain(codes.view(experts, n, k)), scale])
+        elif kernel is ExpertKernel.FP8_CHANNEL:
+            scale = weight.abs().amax(2) / 448
+            codes = (weight / scale.unsqueeze(2)).to(torch.float8_e4m3fn)
+            dense.append(codes.float() * scale.unsqueeze(2))
+            stored.append([cpu_ops.pack_plain(codes), scale])
         else:
             groups = weight.view(experts, n, k // 64, 64)
             scale = groups.abs().amax(3) / 7
@@ -44,7 +52,7 @@ def make_group(kernel, experts, seed):
             words = sum(rows[:, :, i].long() << (4 * i) for i in range(8))
             words = torch.where(words >= 2**31, words - 2**32, words).int()
             zeros = torch.full((experts, k // 64, n // 8), 0x77777777, dtype=torch.int32)
-            stored.append([*cpu_ops.pack_int4(words, scale.mT, zeros, Int4Layout.GPTQ)])
+            stored.append([*int4_blocks.pack_int4(words, scale.mT, zeros, Int4Layout.GPTQ)])
     tensors = [tensor for pair in zip(*stored, strict=True) for tensor in pair]
     return dense[0], dense[1], tensors
 
@@ -68,7 +76,7 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("format", methods._CPU_KERNELS)
 def test_probe_trusts_every_kernel_here(format):
-    assert cpu_ops.probe(*methods._CPU_KERNELS[format]) is None
+    assert cpu_probe.probe(*methods._CPU_KERNELS[format]) is None
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def int4_words(layout, experts, k, n, group_size):
 def test_int4_weights_are_blocked_as_vllm_blocks_them(layout, experts, k, n, group_size):
     weight, scale, zero = int4_words(layout, experts, k, n, group_size)
     weights, zeros, scales = ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)
-    found = cpu_ops.pack_int4(weight, scale, zero, layout)
+    found = int4_blocks.pack_int4(weight, scale, zero, layout)
     for one, other in zip(found, (weights, scales, zeros), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
@@ -125,12 +133,12 @@ def test_int4_weights_are_blocked_as_vllm_blocks_them(layout, experts, k, n, gro
 @pytest.mark.parametrize("group_size", [64, 256])
 def test_int4_weights_with_room_are_blocked_where_they_are(layout, group_size):
     weight, scale, zero = int4_words(layout, (3,), 256, 96, group_size)
-    roomy = cpu_ops.with_room(weight, group_size)
+    roomy = with_room(weight, group_size)
     assert roomy.shape == weight.shape and not roomy.is_contiguous()
     roomy.copy_(weight)
-    found = cpu_ops.pack_int4(roomy, scale, zero, layout)
+    found = int4_blocks.pack_int4(roomy, scale, zero, layout)
     assert found[0].data_ptr() == roomy.data_ptr() and found[0].is_contiguous()
-    for one, other in zip(found, cpu_ops.pack_int4(weight, scale, zero, layout), strict=True):
+    for one, other in zip(found, int4_blocks.pack_int4(weight, scale, zero, layout), strict=True):
         assert torch.equal(one, other)
 
 
@@ -139,21 +147,21 @@ def test_codes_that_sum_to_the_most_are_added_up_right(layout):
     """15 everywhere: where a byte's sum would overflow, it would show."""
     weight, scale, zero = int4_words(layout, (), 512, 64, 128)
     weight.fill_(-1)
-    blocked = cpu_ops.pack_int4(weight, scale, zero, layout)[0]
+    blocked = int4_blocks.pack_int4(weight, scale, zero, layout)[0]
     assert torch.equal(blocked, ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)[0])
 
 
 @pytest.mark.parametrize("layout", Int4Layout)
 def test_probe_tells_a_layout_that_is_not_vllms(monkeypatch, layout):
-    right = cpu_ops.ops.convert_weight_packed_scale_zp
+    right = cpu_probe.ops.convert_weight_packed_scale_zp
 
     def other(*args):
         blocked, *rest = right(*args)
         blocked.view(-1)[7] += 1
         return blocked, *rest
 
-    monkeypatch.setattr(cpu_ops.ops, "convert_weight_packed_scale_zp", other)
-    assert "lays int4 out otherwise" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, layout)
+    monkeypatch.setattr(cpu_probe.ops, "convert_weight_packed_scale_zp", other)
+    assert "lays int4 out otherwise" in cpu_probe.probe.__wrapped__(ExpertKernel.INT4, layout)
 
 
 def test_groups_over_128_columns_that_are_no_multiple_are_wrong_in_vllm():
@@ -177,13 +185,20 @@ def test_groups_over_128_columns_that_are_no_multiple_are_wrong_in_vllm():
 def test_probe_reports_a_kernel_that_is_wrong(monkeypatch, part):
     right = getattr(cpu_ops, part)
     monkeypatch.setattr(cpu_ops, part, lambda *args: right(*args) * 0.5)
-    assert "off by 0.5" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, Int4Layout.GPTQ)
+    assert "off by 0.5" in cpu_probe.probe.__wrapped__(ExpertKernel.INT4, Int4Layout.GPTQ)
+
+
+def test_probe_reports_a_linear_kernel_that_is_wrong_for_experts_too(monkeypatch):
+    """Those of FP8 with a scale a row run through it."""
+    right = cpu_ops.fp8_linear
+    monkeypatch.setattr(cpu_ops, "fp8_linear", lambda *args: right(*args) * 0.5)
+    assert "off by 0." in cpu_probe.probe.__wrapped__(ExpertKernel.FP8_CHANNEL)
 
 
 @pytest.mark.parametrize("layout", Int4Layout)
 def test_probe_reports_the_other_layout(monkeypatch, layout):
     """Words of one layout, read as the other's: the shapes alone would not tell."""
-    right = cpu_ops.pack_int4
+    right = int4_blocks.pack_int4
 
     def wrong(weight, scale, zero, layout):
         shape = weight.shape[:-2] + torch.Size(
@@ -194,10 +209,10 @@ def test_probe_reports_the_other_layout(monkeypatch, layout):
         other = Int4Layout.AWQ if layout == Int4Layout.GPTQ else Int4Layout.GPTQ
         return right(weight.reshape(shape), scale, zero, other)
 
-    monkeypatch.setattr(cpu_ops, "pack_int4", wrong)
-    assert "otherwise" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, layout)
-    monkeypatch.setattr(cpu_ops, "_is_blocked_as_vllm_does", lambda layout: True)
-    assert "off by" in cpu_ops.probe.__wrapped__(ExpertKernel.INT4, layout)
+    monkeypatch.setattr(int4_blocks, "pack_int4", wrong)
+    assert "otherwise" in cpu_probe.probe.__wrapped__(ExpertKernel.INT4, layout)
+    monkeypatch.setattr(cpu_probe, "_is_blocked_as_vllm_does", lambda layout: True)
+    assert "off by" in cpu_probe.probe.__wrapped__(ExpertKernel.INT4, layout)
 
 
 def test_probe_reports_a_kernel_that_is_missing(monkeypatch):
@@ -205,7 +220,7 @@ def test_probe_reports_a_kernel_that_is_missing(monkeypatch):
         raise AttributeError("'_OpNamespace' '_C' object has no attribute 'fused_experts_cpu'")
 
     monkeypatch.setattr(cpu_ops, "_run", missing)
-    assert "raised AttributeError" in cpu_ops.probe.__wrapped__(ExpertKernel.BF16)
+    assert "raised AttributeError" in cpu_probe.probe.__wrapped__(ExpertKernel.BF16)
 
 
 @pytest.mark.parametrize("kernel", ExpertKernel)
@@ -216,49 +231,50 @@ def test_one_group_matches_float32(kernel, tokens):
     x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
     ids = torch.rand(tokens, 4, generator=generator).argsort(1)[:, :2].int()
     weights = torch.rand(tokens, 2, generator=generator)
-    block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
-    out = mixed_experts(x, weights, ids, None, packed, [kernel], block)
+    out = mixed_experts(x, weights, ids, None, packed, [kernel], BLOCKS[kernel])
     experts = {e: (w13[e], w2[e]) for e in range(4)}
     assert relative_error(out, expected_output(x, weights, ids, experts)) < BOUND[kernel]
+    experts = {e: (w13[e].roll(1, 0), w2[e]) for e in range(4)}  # negative control
+    assert relative_error(out, expected_output(x, weights, ids, experts)) > 10 * BOUND[kernel]
 
 
 @pytest.fixture(scope="module")
-def three_groups():
-    """Experts 0 to 8 dealt to three formats in turn; expert 9 lives on another rank."""
-    experts, tensors, slots = {}, [], torch.full((2, 10), -1, dtype=torch.int32)
+def all_groups():
+    """Experts 0 to 11 dealt to four formats in turn; expert 12 lives on another rank."""
+    experts, tensors, slots = {}, [], torch.full((2, 13), -1, dtype=torch.int32)
     for number, kernel in enumerate(ExpertKernel):
         w13, w2, packed = make_group(kernel, 3, 10 + number)
         tensors += packed
         for slot in range(3):
-            expert = 3 * slot + number
+            expert = len(ExpertKernel) * slot + number
             experts[expert] = (w13[slot], w2[slot])
             slots[0, expert], slots[1, expert] = number, slot
     return experts, tensors, slots
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 33])
-def test_three_formats_in_one_layer_match_float32(three_groups, tokens):
-    experts, tensors, slots = three_groups
+def test_all_formats_in_one_layer_match_float32(all_groups, tokens):
+    experts, tensors, slots = all_groups
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
-    ids = torch.rand(tokens, 10, generator=generator).argsort(1)[:, :4]
+    ids = torch.rand(tokens, 13, generator=generator).argsort(1)[:, :4]
     weights = torch.rand(tokens, 4, generator=generator)
-    out = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), [0, 0, 128, 128, 0, 0])
+    out = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), ALL_BLOCKS)
     expected = expected_output(x, weights, ids, experts)
     assert relative_error(out, expected) < BOUND[ExpertKernel.INT4]
     # Negative control: the same comparison with one expert's slot shifted.
     wrong = slots.clone()
-    chosen = next(expert for expert in ids[0].tolist() if expert != 9)
+    chosen = next(expert for expert in ids[0].tolist() if expert != 12)
     wrong[1, chosen] = (wrong[1, chosen] + 1) % 3
-    out = mixed_experts(x, weights, ids, wrong, tensors, list(ExpertKernel), [0, 0, 128, 128, 0, 0])
+    out = mixed_experts(x, weights, ids, wrong, tensors, list(ExpertKernel), ALL_BLOCKS)
     assert relative_error(out, expected) > BOUND[ExpertKernel.INT4]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_tokens_without_a_local_expert_give_zero(three_groups, tokens):
-    _, tensors, slots = three_groups
+def test_tokens_without_a_local_expert_give_zero(all_groups, tokens):
+    _, tensors, slots = all_groups
     x = torch.randn(tokens, HIDDEN).bfloat16()
-    ids = torch.full((tokens, 2), 9)
+    ids = torch.full((tokens, 2), 12)
     out = mixed_experts(
         x,
         torch.ones(tokens, 2),
@@ -266,31 +282,31 @@ def test_tokens_without_a_local_expert_give_zero(three_groups, tokens):
         slots,
         tensors,
         list(ExpertKernel),
-        [0, 0, 128, 128, 0, 0],
+        ALL_BLOCKS,
     )
     assert out.shape == x.shape and not out.any()
 
 
-def test_strided_inputs_give_the_contiguous_result(three_groups):
+def test_strided_inputs_give_the_contiguous_result(all_groups):
     """The kernels read garbage from strided ids or rows without an error; the op must not."""
-    experts, tensors, slots = three_groups
+    experts, tensors, slots = all_groups
     x = torch.randn(6, 2 * HIDDEN).bfloat16()[:, ::2]
-    ids = torch.stack([torch.randperm(9)[:4] for _ in range(6)])[:, ::2]
+    ids = torch.stack([torch.randperm(12)[:4] for _ in range(6)])[:, ::2]
     weights = torch.rand(6, 4)[:, ::2]
-    out = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), [0, 0, 128, 128, 0, 0])
+    out = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), ALL_BLOCKS)
     expected = expected_output(x, weights, ids, experts)
     assert relative_error(out, expected) < BOUND[ExpertKernel.INT4]
 
 
-def test_the_op_compiles_with_dynamic_tokens(three_groups):
-    _, tensors, slots = three_groups
+def test_the_op_compiles_with_dynamic_tokens(all_groups):
+    _, tensors, slots = all_groups
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def layer(x, weights, ids):
-        return mixed_experts(x * 1, weights, ids, slots, tensors, [0, 2, 3], [0, 0, 128, 128, 0, 0])
+        return mixed_experts(x * 1, weights, ids, slots, tensors, list(ExpertKernel), ALL_BLOCKS)
 
     for tokens in (3, 5):
         x, weights = torch.randn(tokens, HIDDEN).bfloat16(), torch.rand(tokens, 2)
-        ids = torch.stack([torch.randperm(9)[:2] for _ in range(tokens)])
-        plain = mixed_experts(x, weights, ids, slots, tensors, [0, 2, 3], [0, 0, 128, 128, 0, 0])
+        ids = torch.stack([torch.randperm(12)[:2] for _ in range(tokens)])
+        plain = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), ALL_BLOCKS)
         assert torch.equal(layer(x, weights, ids), plain)

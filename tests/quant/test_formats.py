@@ -39,6 +39,8 @@ every_case = pytest.mark.parametrize("case", CASES)
 LAYER = {case: layer for layer, case in enumerate(CASES)}
 # As in test_cpu_ops: bf16 rounding, or int8 activations; widened weights are rounded to bf16.
 BOUND = {"int4": 0.03, "other": 0.012}
+# Activations rounded to E4M3: of three bits at most 2^-4 of a value, uniformly.
+FP8_ACTIVATIONS = 2**-4 / 3**0.5
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,13 @@ def test_experts(served: Served, case: str, tokens: int, record_property) -> Non
     record_property("matrix", (case, "cpu experts", served_label))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "int4" in (CASES[case].cuda or "")])
+def by_vllms_own(label: str | None) -> bool:
+    return label is not None and ("int4" in label or label == "fp8_channel")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if by_vllms_own(CASES[case].cuda)])
 def test_layouts_for_cuda_are_what_vllms_own_methods_read(served: Served, case: str) -> None:
-    """On a CPU the same method classes take vLLM's int4 kernel for CPUs instead of Marlin."""
+    """On a CPU the same method classes take a kernel for CPUs: int4's, or torch's FP8."""
     name = f"model.layers.{LAYER[case]}.self_attn.o_proj"
     route = served.table.routes[name]
     tensors = {
@@ -145,15 +151,21 @@ def test_layouts_for_cuda_are_what_vllms_own_methods_read(served: Served, case: 
     )
     if scheme != route.stored:
         tensors = relayout(route.stored, scheme, tensors)
-    method = linear_method(scheme, cuda, served.model.get_submodule(name), name)
+    named = served.model.get_submodule(name)
     layer = torch.nn.Module()
     with set_current_vllm_config(served.config):
+        method = linear_method(scheme, cuda, named, name)
+        if hasattr(named, "scheme"):  # compressed-tensors' methods leave theirs with the layer
+            layer.scheme = named.scheme
         sizes = (HIDDEN, [HIDDEN], HIDDEN, HIDDEN, torch.bfloat16)
         method.create_weights(layer, *sizes, weight_loader=default_weight_loader)
-        for suffix in ("qweight", "qzeros", "scales"):
+        is_fp8 = scheme.format == "fp8_channel"
+        for suffix in ("weight", "weight_scale") if is_fp8 else ("qweight", "qzeros", "scales"):
             getattr(layer, suffix).data.copy_(tensors[suffix])
         method.process_weights_after_loading(layer)
         x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
         out = method.apply(layer, x)
-    expected = x.float() @ served.weights[f"{name}.weight"].T
-    assert relative_error(out, expected) < BOUND["int4"]
+    weight, most = served.weights[f"{name}.weight"], FP8_ACTIVATIONS if is_fp8 else BOUND["int4"]
+    assert relative_error(out, x.float() @ weight.T) < most
+    # Negative control: each row is its neighbour's.
+    assert relative_error(out, x.float() @ weight.roll(1, 0).T) > 10 * most

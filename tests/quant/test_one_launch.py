@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer of three formats, loaded by the package's loader, run by the grouped kernel.
+"""A layer of four formats, loaded by the package's loader, run by the grouped kernel.
 
 As vLLM builds it for a GPU, but for the device: in Triton's interpreter, and so in a process of its
 own, which is this file run as a script.
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = {name: ROOT / "tests" / "fixtures" / "random-moe" / name for name in ("fp8", "gptq")}
 BASE = ROOT / "tests" / "fixtures" / "random-moe" / "bf16"
 EXPERTS = "model.layers.1.mlp.experts"
-RULES = {f"{EXPERTS}.{{0-2}}": "fp8", f"{EXPERTS}.{{3-5}}": "gptq"}
+RULES = {f"{EXPERTS}.{{0-2}}": "fp8", f"{EXPERTS}.{{3-5}}": "gptq", f"{EXPERTS}.6": "rows"}
 HOPPER = Platform("cuda-90")
 BF16 = Scheme("bf16", 16)
 FP8 = Scheme("fp8_block", 8, block=(128, 128))
@@ -33,7 +33,29 @@ INT4 = Scheme("gptq", 4, group_size=128)
 
 
 def source_of(expert: int) -> str:
-    return "fp8" if expert < 3 else "gptq" if expert < 6 else "bf16"
+    return "fp8" if expert < 3 else "gptq" if expert < 6 else "rows" if expert == 6 else "bf16"
+
+
+def write_rows(folder: Path) -> dict[str, torch.Tensor]:
+    """Write expert 6 as compressed-tensors' FP8 with a scale a row; returns its weights."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.checkpoint.formats.tools import FLOAT, FP8, compressed
+
+    store, weights, tensors, config = compressed(FLOAT, FP8 | {"strategy": "channel"}), {}, {}, {}
+    base = {k: v for file in BASE.glob("*.safetensors") for k, v in load_file(file).items()}
+    for name, weight in base.items():
+        if name.startswith(f"{EXPERTS}.6."):
+            stored = store(weight.float())
+            weights[name] = stored.weight.float()
+            module = name.removesuffix("weight")
+            tensors |= {f"{module}{suffix}": part for suffix, part in stored.tensors.items()}
+            config = {"quantization_config": stored.config}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    plain = json.loads((BASE / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(plain | config, default=str))
+    return weights
 
 
 def main(folder: Path) -> None:
@@ -46,7 +68,9 @@ def main(folder: Path) -> None:
     x = torch.randn(9, 256, generator=generator).bfloat16()
     ids = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(9)]).int()
     weights = torch.rand(9, 3, generator=generator)
-    with serve(folder, BASE, SOURCES, RULES, has_draft=False) as serving:
+    rows = write_rows(folder / "rows")
+    sources = SOURCES | {"rows": folder / "rows"}
+    with serve(folder, BASE, sources, RULES, has_draft=False) as serving:
         built = serving.build()
         serving.loader.load_weights(built.model, built.model_config)
         layer = built.model.model.layers[1].mlp.experts.routed_experts
@@ -61,7 +85,8 @@ def main(folder: Path) -> None:
         table = method.one_launch._table
         again = layer.forward_modular(x, weights, ids)
         assert method.one_launch._table is table, "the table was built twice"
-    torch.save({"x": x, "ids": ids, "weights": weights, "out": out, "again": again}, folder / "out")
+    found = {"x": x, "ids": ids, "weights": weights, "out": out, "again": again, "rows": rows}
+    torch.save(found, folder / "out")
     (folder / "stored.json").write_text(json.dumps(stored))
 
 
@@ -92,6 +117,7 @@ def expected(found: dict, source_of=source_of) -> torch.Tensor:
     from tests.engine.reference import dequantised
 
     sources = {"bf16": dequantised(BASE)} | {k: dequantised(v) for k, v in SOURCES.items()}
+    sources["rows"] = sources["bf16"] | found["rows"]
     out = torch.zeros(9, 256)
     for row in range(9):
         for choice in range(3):
@@ -135,8 +161,12 @@ def test_weights_stay_in_the_checkpoints_precision(ran):
         "group1.w2_codes": "torch.uint8",
         "group1.w13_scales": "torch.float16",
         "group1.w2_scales": "torch.float16",
-        "group2.w13_weight": "torch.bfloat16",
-        "group2.w2_weight": "torch.bfloat16",
+        "group2.w13_weight": "torch.float8_e4m3fn",
+        "group2.w2_weight": "torch.float8_e4m3fn",
+        "group2.w13_weight_scale": "torch.float32",
+        "group2.w2_weight_scale": "torch.float32",
+        "group3.w13_weight": "torch.bfloat16",
+        "group3.w2_weight": "torch.bfloat16",
     }
     shapes = {name: shape for name, (_, shape) in stored.items()}
     assert shapes["group1.w13_codes"] == [3, 8, 256, 16]  # 4 bits a weight of 3 x 256 x 256
@@ -179,7 +209,7 @@ def test_layers_are_run_by_groups_unless_asked_for(monkeypatch):
     [
         ([FP8, INT4], Platform("cuda-75"), {}, "compute capability 7.5, below 8.0"),
         ([FP8, replace(INT4, bits=8)], HOPPER, {}, "it takes 4 bits"),
-        ([FP8, replace(INT4, format="awq")], HOPPER, {}, "it takes FP8 in blocks and GPTQ int4"),
+        ([FP8, replace(INT4, format="awq")], HOPPER, {}, "a scale a block or a row, and GPTQ int4"),
         ([FP8, INT4], HOPPER, {"has_bias": True}, "biases"),
         ([FP8, INT4], HOPPER, {"swiglu_limit": 7.0}, "a clamp"),
         ([FP8, INT4], HOPPER, {"apply_router_weight_on_input": True}, "inputs"),

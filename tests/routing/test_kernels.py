@@ -10,6 +10,7 @@ from vllm_mixprec.routing import Platform, detect_platform, missing_kernel
 CPU, CUDA = Platform("cpu-avx512"), Platform("cuda-90")
 BF16 = Scheme("bf16", 16)
 FP8 = Scheme("fp8_block", 8, block=(128, 128))
+CHANNEL = Scheme("fp8_channel", 8)
 INT4 = Scheme("gptq", 4, group_size=128)
 AWQ = Scheme("awq", 4, group_size=128, symmetric=False, zero_offset=0)
 DENSE_K = 10944
@@ -17,9 +18,7 @@ DENSE_K = 10944
 UNSERVED = [
     Scheme("ct_pack", 8, group_size=128, symmetric=False, zero_offset=0),
     Scheme("ct_pack", 4, group_size=128, zero_offset=0, desc_act=True),
-    Scheme("ct_fp8", 8, granularity="channel"),
     Scheme("ct_fp8", 8, block=(1, 32), scale_format="e8m0"),
-    Scheme("fp8_channel", 8),
     Scheme("nvfp4", 4, block=(1, 16)),
     Scheme("mxfp4", 4, block=(1, 32), scale_format="e8m0"),
 ]
@@ -33,7 +32,7 @@ def test_unquantised_weights_run_everywhere(platform: str) -> None:
 
 @pytest.mark.parametrize("platform", [CPU, CUDA])
 @pytest.mark.parametrize("kind", ["linear", "experts"])
-@pytest.mark.parametrize("scheme", [FP8, INT4, AWQ], ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("scheme", [FP8, CHANNEL, INT4, AWQ], ids=lambda scheme: scheme.label)
 def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -> None:
     assert missing_kernel(platform, scheme, kind, (512, 1024)) is None
 
@@ -45,6 +44,12 @@ def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -
         (CPU, Scheme("fp8_block", 8, block=(16, 128)), (256, 256), "not 16x128"),
         (CPU, replace(FP8, scale_format="e8m0"), (256, 256), "floating-point scales, not e8m0"),
         (CUDA, replace(FP8, scale_format="e8m0"), (256, 256), "floating-point scales, not e8m0"),
+        (CPU, replace(CHANNEL, scale_format="e8m0"), (256, 256), "not e8m0"),
+        (CPU, CHANNEL, (264, 256), "N=264"),
+        (CPU, CHANNEL, (256, 208), "K=208 on a rank is not a multiple of 32"),
+        (CUDA, replace(CHANNEL, scale_format="e8m0"), (256, 256), "not e8m0"),
+        (CUDA, CHANNEL, (96, 256), "N=96"),
+        (Platform("cuda-75"), CHANNEL, (256, 256), "compute capability"),
         (CPU, FP8, (264, 256), "N=264"),
         (CPU, FP8, (256, 192), "K=192"),
         (CPU, Scheme("gptq", 8, group_size=128), (256, 256), "4 bits, not 8"),
@@ -94,6 +99,11 @@ def test_one_group_over_all_of_k_is_a_marlin_group_size() -> None:
 def test_whole_groups_need_no_multiple_of_128(group_size: int) -> None:
     scheme = replace(INT4, group_size=group_size)
     assert missing_kernel(CUDA, scheme, "linear", (2048, DENSE_K)) is None
+
+
+def test_a_scale_a_row_needs_no_whole_blocks_of_columns() -> None:
+    assert missing_kernel(CPU, CHANNEL, "linear", (256, DENSE_K)) is None
+    assert missing_kernel(CPU, CHANNEL, "experts", (256, 96)) is None
 
 
 def test_rows_need_no_multiple_of_128() -> None:

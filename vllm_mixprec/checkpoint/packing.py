@@ -179,12 +179,16 @@ class Scaled:
         return in_parts(self.shape, part_of, dtype, self.weight.device)
 
     def lay_out(self, scheme: Scheme, served: Scheme) -> dict[str, torch.Tensor]:
-        """Return the tensors of an fp8_block module, whose blocks may be parts of these."""
-        assert served.block is not None
-        (n, k), (rows, columns) = self.shape, served.block
+        """Return the tensors of an FP8 module, whose blocks may be parts of these.
+
+        One without a block has a scale a row.
+        """
+        n, k = self.shape
+        rows, columns = served.block or (1, max(1, k))
         row = torch.arange(0, n, rows, device=self.scale.device) // self.block[0]
         column = torch.arange(0, k, columns, device=self.scale.device) // self.block[1]
-        return {"weight": self.weight, "weight_scale_inv": self.scale[row][:, column].contiguous()}
+        suffix = "weight_scale" if served.block is None else "weight_scale_inv"
+        return {"weight": self.weight, suffix: self.scale[row][:, column].contiguous()}
 
 
 @dataclass(frozen=True)

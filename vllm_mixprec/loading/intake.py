@@ -24,7 +24,10 @@ from vllm_mixprec.routing.fused import parse_expert
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 # A tensor that checkpoints spell otherwise than the layers that serve its format.
-_LAYERS_NAME = {("fp8_block", "weight_scale"): "weight_scale_inv"}
+_LAYERS_NAME = {
+    ("fp8_block", "weight_scale"): "weight_scale_inv",
+    ("fp8_channel", "weight_scale_inv"): "weight_scale",
+}
 
 
 class Intake:
@@ -117,7 +120,10 @@ class Intake:
             else:
                 if suffix == "qzeros":
                     check_zeros(route, tensor)
-                yield f"{module}.{_LAYERS_NAME.get((route.served.format, suffix), suffix)}", tensor
+                name = _LAYERS_NAME.get((route.served.format, suffix), suffix)
+                if (route.served.format, name) == ("fp8_channel", "weight_scale"):
+                    tensor = tensor.reshape(-1, 1)  # stored as (N,) or (N, 1)
+                yield f"{module}.{name}", tensor
 
     def _require_known(self, name: str, module: str) -> None:
         if module not in self._known and not self._unserved(module):

@@ -3,44 +3,44 @@
 
 vLLM 0.32 ships ``fused_experts_cpu`` (csrc/cpu/sgl-kernels/moe.cpp) for bf16, FP8 and int4 weights
 but offers it only on CPUs with AMX tiles. The kernels themselves run on AVX512_BF16 without AMX;
-:func:`probe` runs each on a known case before it is trusted. Their traps, all avoided here: an
+:mod:`.cpu_probe` runs each on a known case before it is trusted. Their traps, all avoided here: an
 expert id of -1 crashes them, an empty batch divides by zero, and non-contiguous ids or weights give
 wrong results without an error.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
-from functools import cache
 
 import numpy as np
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from vllm import _custom_ops as ops
-from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_dtype
-
-from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack, unpack
-from vllm_mixprec.checkpoint.stored import unpin
-from vllm_mixprec.quant.int4_blocks import block_awq, block_columns, block_gptq
-
-Int4Layout = ops.CPUQuantAlgo
-"""What int4 weights are packed from: AWQ's words or GPTQ v1's."""
+from vllm.utils.torch_utils import direct_register_custom_op
 
 
 class ExpertKernel(IntEnum):
-    """A weight format of ``fused_experts_cpu``; the values are vLLM's ``CPUQuantMethod``."""
+    """A weight format of experts; the values up to 5 are vLLM's ``CPUQuantMethod``."""
 
     BF16 = 0
     FP8_BLOCK = 2
     INT4 = 3
+    FP8_CHANNEL = 100
+    """``fused_experts_cpu`` has FP8 in blocks only: run by the linear kernel, expert by expert."""
 
 
 # How many tensors a group passes to the op: w13, w2, then scales, then zero points.
-_TENSORS: dict[int, int] = {ExpertKernel.BF16: 2, ExpertKernel.FP8_BLOCK: 4, ExpertKernel.INT4: 6}
+_TENSORS: dict[int, int] = {
+    ExpertKernel.BF16: 2,
+    ExpertKernel.FP8_BLOCK: 4,
+    ExpertKernel.INT4: 6,
+    ExpertKernel.FP8_CHANNEL: 4,
+}
 
 # The kernels order weights by blocks of output features, each by itself.
 _BLOCK_ROWS = 32
 _REORDER_BYTES = 2 << 20
-_THREADS = 4
+_FP8_BLOCK_COLUMNS = 128
+_MAGNITUDES = 0x7F7F7F7F7F7F7F7F  # of eight E4M3 codes: all but their signs
 
 
 def pack_plain(weight: torch.Tensor) -> torch.Tensor:
@@ -57,74 +57,61 @@ def pack_plain(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def pack_int4(
-    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: Int4Layout
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Block int4 tensors, of one linear or, with a leading dimension, of experts.
+def clear_zero_tiles(
+    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
+) -> torch.Tensor:
+    """Make the scale zero where all weights that share it are, and return the scales.
 
-    Of GPTQ v1 ``weight`` is (K / 8, N) int32, of AWQ (K, N / 8); ``scale`` (K / g, N), ``zero``
-    (K / g, N / 8) int32 holding the zero points, of GPTQ less 1, each as its checkpoints pack it.
-    Returns the blocked weight uint8, scale float32 and zero point int8.
+    vLLM's FP8 kernels for CPUs know no subnormal numbers: they read a code of zero as 2^-7. Beside
+    codes up to 448 that is nothing, but of a tile of zeros it is all there is.
+
+    Args:
+        weight: E4M3 (N, K) or (experts, N, K), not yet packed; K a multiple of 32.
+        scale: float32, one a block of ``block`` rows and columns; changed where it is.
     """
-    awq = layout == Int4Layout.AWQ
-    experts = weight[None] if weight.dim() == 2 else weight
-    groups, n = scale.shape[-2:]
-    group_size = experts.shape[1] * (1 if awq else 8) // groups
-    room = _room_of(experts, group_size)
-    in_place = room is not None
-    if room is None:
-        room = torch.empty(_roomy_shape(experts, group_size), dtype=torch.int32)
-    blocked = room.view(torch.uint8).view(
-        len(experts), n // _BLOCK_ROWS, -1, 16 * block_columns(group_size) + 128
-    )
-    zeros = unpack(zero, 4, AWQ_ORDER) if awq else unpack(zero, 4) + 1
-    place = block_awq if awq else block_gptq
-
-    def block(words: torch.Tensor, points: torch.Tensor, out: torch.Tensor) -> None:
-        place(words.clone() if in_place else words, points, group_size, out)
-
-    each = experts, zeros.view(-1, groups, n), blocked
-    if len(experts) == 1 or torch.get_num_threads() > 1:
-        list(map(block, *each))
-    else:  # where OpenMP has one thread, whole experts go to the cores that it leaves idle
-        with ThreadPoolExecutor(_THREADS, initializer=unpin) as pool:
-            list(pool.map(block, *each))
-    factors, points = (
-        each.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
-        for each, dtype in ((scale, torch.float32), (zeros, torch.int8))
-    )
-    return (blocked if weight.dim() == 3 else blocked[0]), factors, points
+    n, k = weight.shape[-2:]
+    rows, columns = block[0], min(block[1], k)
+    matrices = weight.view(-1, n, k)
+    for matrix, factors in zip(
+        matrices, scale.view(len(matrices), -1, -(-k // columns)), strict=True
+    ):
+        words = matrix.view(torch.int64)  # eight codes each
+        # Nearly every tile has a number among its first: only of the others all are read.
+        first = words[::rows, :: columns // 8] & _MAGNITUDES
+        for row, column in (first == 0).nonzero().tolist():
+            tile = words[row * rows :, column * columns // 8 :][:rows, : columns // 8]
+            if not (tile & _MAGNITUDES).any():
+                factors[row, column] = 0
+    return scale
 
 
-def with_room(words: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return a tensor of this shape, (experts, K / 8, N) or (experts, K, N / 8), not its values.
+def unit_scale(columns: int) -> torch.Tensor:
+    """Return block scales of one, for weights (N, K) of so many columns and a block of (N, 128)."""
+    return torch.ones(1, -(-columns // _FP8_BLOCK_COLUMNS), dtype=torch.float32)
 
-    Its experts lie as far apart as :func:`pack_int4` needs to block them where they are: fresh
-    memory for the result costs as much time as the work does, and would be the peak of loading.
+
+def fp8_channel_linear(
+    x: torch.Tensor, weight: torch.Tensor, unit: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Multiply (M, K) bfloat16 by a packed E4M3 weight (N, K) with a scale a row: (M, N) float32.
+
+    The block kernel multiplies the codes, with scales of one (``unit``), and accumulates in
+    float32; it rounds to bfloat16, and ``scale`` (N,) float32 multiplies what comes out.
     """
-    room = torch.empty(_roomy_shape(words, group_size), dtype=torch.int32)
-    return room[:, : words[0].numel()].view(words.shape)
+    return fp8_linear(x, weight, unit, [weight.shape[0], _FP8_BLOCK_COLUMNS]) * scale
 
 
-def _room_of(words: torch.Tensor, group_size: int) -> torch.Tensor | None:
-    """Return the whole memory of a tensor that :func:`with_room` made; None of any other."""
-    experts, each = _roomy_shape(words, group_size)
-    storage = words.untyped_storage()
-    if words.stride(0) != each or storage.nbytes() != 4 * experts * each:
-        return None
-    return torch.empty(0, dtype=torch.int32).set_(storage).view(experts, each)
-
-
-def _roomy_shape(words: torch.Tensor, group_size: int) -> tuple[int, int]:
-    """Experts, and int32 that each takes when blocked: its words, and a sum a block and column."""
-    each = words[0].numel()
-    return len(words), each + 8 * each // block_columns(group_size)
+def _has_no_rows(x: torch.Tensor) -> bool:
+    """Whether a batch is empty, by which the kernels divide; of a symbolic size, whether always."""
+    return statically_known_true(x.shape[0] == 0)
 
 
 def fp8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: list[int]
 ) -> torch.Tensor:
     """Multiply (M, K) bfloat16 by a packed E4M3 weight (N, K) with its block scales: (M, N)."""
+    if _has_no_rows(x):
+        return x.new_empty(0, weight.shape[0])
     return torch.ops._C.fp8_scaled_mm_cpu(x.contiguous(), weight, scale, block, None, x.dtype, True)
 
 
@@ -132,6 +119,8 @@ def int4_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 ) -> torch.Tensor:
     """Multiply (M, K) bfloat16 by a blocked int4 weight: (M, N)."""
+    if _has_no_rows(x):
+        return x.new_empty(0, weight.shape[0] * _BLOCK_ROWS)
     return ops.int4_scaled_mm_cpu(x.contiguous(), weight, zero, scale, None)
 
 
@@ -144,6 +133,8 @@ def _run(
     block: list[int],
 ) -> torch.Tensor:
     """Run one kernel: ``x`` (M, H), ``weights`` float32 and ``ids`` int32 (M, k) of local slots."""
+    if kernel == ExpertKernel.FP8_CHANNEL:
+        return _run_one_by_one(x, weights, ids, tensors)
     out = torch.empty_like(x)
     scales = tensors[2:4] if len(tensors) > 2 else (None, None)
     zeros = tensors[4:6] if len(tensors) > 4 else (None, None)
@@ -152,6 +143,44 @@ def _run(
         *(out, x, tensors[0], tensors[1], weights, ids, kernel, *scales, *zeros, None),
         *(block or None, None, None, None, None, True),
     )
+    return out
+
+
+def _run_one_by_one(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, tensors: list[torch.Tensor]
+) -> torch.Tensor:
+    """Run FP8 experts with a scale a row: two linear kernels for each expert that is chosen.
+
+    All else is done at once, on the (token, choice) pairs sorted by expert.
+    """
+    w13, w2, scale13, scale2 = tensors
+    slots = ids.numpy().reshape(-1)
+    pairs = slots.argsort(kind="stable")
+    counts = np.bincount(slots)
+    chosen = counts.nonzero()[0]
+    ends = counts[chosen].cumsum().tolist()
+    spans = list(zip(chosen.tolist(), [0, *ends[:-1]], ends, strict=True))
+    rows = torch.from_numpy(pairs // ids.shape[1])
+    gate, up = _each_expert(x.index_select(0, rows), w13, scale13, spans).chunk(2, 1)
+    act = torch.nn.functional.silu(gate).mul_(up).to(x.dtype)
+    parts = _each_expert(act, w2, scale2, spans)
+    parts.mul_(weights.view(-1, 1).index_select(0, torch.from_numpy(pairs)))
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    return total.index_add_(0, rows, parts).to(x.dtype)
+
+
+def _each_expert(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    spans: list[tuple[int, int, int]],
+) -> torch.Tensor:
+    """Multiply each span of rows, (expert, first, end), by its expert's weight: float32."""
+    out = torch.empty(x.shape[0], weight.shape[1], dtype=torch.float32)
+    unit, block = unit_scale(weight.shape[2]), [weight.shape[1], _FP8_BLOCK_COLUMNS]
+    for expert, first, end in spans:
+        part = fp8_linear(x[first:end], weight[expert], unit, block)
+        torch.mul(part, scale[expert], out=out[first:end])
     return out
 
 
@@ -275,113 +304,3 @@ direct_register_custom_op(
     dispatch_key="CPU",
 )
 mixed_experts = torch.ops.vllm_mixprec.cpu_mixed_experts
-
-
-@cache
-def probe(kernel: ExpertKernel, layout: Int4Layout | None = None) -> str | None:
-    """Run a kernel, experts and linear, on a small known case; None means it can be trusted.
-
-    Two experts, 256 x 128, three tokens, against float32 arithmetic on the same dequantised
-    weights; ``layout`` is that of int4 ones. Returns what went wrong otherwise. A CPU without the
-    instructions would die of SIGILL here, so the caller asks the CPU's flags first.
-    """
-    # A worker calls this while it builds the model, under the model's default dtype and device.
-    with set_default_torch_dtype(torch.float32), torch.device("cpu"):
-        try:
-            if layout is not None and not _is_blocked_as_vllm_does(layout):
-                return "vLLM lays int4 out otherwise than is known here"
-            error = _probe(kernel, layout)
-        except (RuntimeError, AttributeError, NotImplementedError) as problem:
-            return f"its probe raised {type(problem).__name__}: {str(problem).splitlines()[0]}"
-    # int8 activations cost the int4 kernel about 0.02, rounding to bf16 the others 0.004; a wrong
-    # layout, sign or scale is off by 0.3 and more.
-    if not error < 0.06:
-        return f"its probe is off by {error:.3f} of the result's norm (at most 0.06)"
-    return None
-
-
-def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
-    """Return the larger relative error of the expert and the linear kernel."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, inner = 256, 128
-    x = torch.randn(3, hidden, generator=generator).bfloat16()
-    ids = torch.tensor([[0, 1], [1, 0], [1, 0]], dtype=torch.int32)
-    weights = torch.rand(3, 2, generator=generator)
-    w13, stored13 = _probe_weights(kernel, layout, 2 * inner, hidden, generator)
-    w2, stored2 = _probe_weights(kernel, layout, hidden, inner, generator)
-    linear = _pack(layout, [tensor[0].clone() for tensor in stored13])  # packing may be in place
-    packed = zip(_pack(layout, stored13), _pack(layout, stored2), strict=True)
-    block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
-    tensors = [tensor for pair in packed for tensor in pair]
-    out = mixed_experts(x, weights, ids, None, tensors, [kernel], block)
-    expected = torch.zeros(3, hidden)
-    for token in range(3):
-        for choice, expert in enumerate(ids[token].tolist()):
-            gate, up = (w13[expert] @ x[token].float()).chunk(2)
-            act = torch.nn.functional.silu(gate) * up
-            expected[token] += weights[token, choice] * (w2[expert] @ act)
-    error = ((out.float() - expected).norm() / expected.norm()).item()
-    if kernel is ExpertKernel.BF16:  # vLLM's own linear serves bf16
-        return error
-    out = (
-        fp8_linear(x, *linear, block)
-        if kernel is ExpertKernel.FP8_BLOCK
-        else int4_linear(x, *linear)
-    )
-    expected = x.float() @ w13[0].T
-    return max(error, ((out.float() - expected).norm() / expected.norm()).item())
-
-
-def _is_blocked_as_vllm_does(layout: Int4Layout) -> bool:
-    """Compare :func:`pack_int4` with vLLM's own, byte by byte, in each size of block."""
-    generator = torch.Generator().manual_seed(0)
-    for group_size in (32, 64, 128, 256):
-        words = (256, 8) if layout == Int4Layout.AWQ else (32, 64)
-        weight, zero = (
-            torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
-            for shape in (words, (256 // group_size, 8))
-        )
-        scale = torch.rand(256 // group_size, 64, generator=generator)
-        expected = ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)
-        found, scales, zeros = pack_int4(weight, scale, zero, layout)
-        if not all(map(torch.equal, (found, zeros, scales), expected)):
-            return False
-    return True
-
-
-def _pack(layout: Int4Layout | None, stored: list[torch.Tensor]) -> list[torch.Tensor]:
-    if layout is not None:
-        weight, scale, zero = stored
-        return list(pack_int4(weight, scale, zero, layout))
-    return [pack_plain(stored[0]), *stored[1:]]
-
-
-def _probe_weights(
-    kernel: ExpertKernel,
-    layout: Int4Layout | None,
-    n: int,
-    k: int,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return two experts' float32 weights (2, n, k) and the tensors a checkpoint holds of them."""
-    weight = torch.randn(2, n, k, generator=generator)
-    if kernel is ExpertKernel.BF16:
-        weight = (weight / k**0.5).bfloat16()
-        return weight.float(), [weight]
-    if kernel is ExpertKernel.FP8_BLOCK:
-        weight = (weight * 8).to(torch.float8_e4m3fn)
-        scale = torch.rand(2, n // 128, k // 128, generator=generator) / (8 * k**0.5)
-        wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
-        return weight.float() * wide, [weight, scale]
-    group = 64
-    codes = torch.randint(0, 16, (2, k, n), generator=generator)
-    offset = 0 if layout == Int4Layout.AWQ else 1  # what is added to a stored zero point
-    zeros = torch.randint(0, 16, (2, k // group, n), generator=generator) + offset
-    scale = torch.rand(2, k // group, n, generator=generator) / (6 * k**0.5)
-    centred = codes - zeros.repeat_interleave(group, 1)
-    dense = (centred * scale.repeat_interleave(group, 1)).mT.contiguous()
-    if layout == Int4Layout.AWQ:
-        words, zero_words = (pack(each.int(), 4, AWQ_ORDER) for each in (codes, zeros))
-    else:
-        words, zero_words = pack(codes.mT.int(), 4).mT, pack((zeros - offset).int(), 4)
-    return dense, [words, scale, zero_words]

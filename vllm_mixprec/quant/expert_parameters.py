@@ -48,6 +48,15 @@ def create_fp8_block(
         _create(layer, f"{name}_weight_scale_inv", shape, torch.float32, scales)
 
 
+def create_fp8_channel(layer: Module, sizes: ExpertSizes, attributes: dict[str, Any]) -> None:
+    """Add E4M3 weights, and ``*_weight_scale`` float32 [experts, N, 1]."""
+    scales = attributes | {"quant_method": FusedMoeWeightScaleSupported.CHANNEL.value}
+    for name, rows, columns in sizes.weights():
+        shape = (sizes.experts, rows, columns)
+        _create(layer, f"{name}_weight", shape, torch.float8_e4m3fn, attributes)
+        _create(layer, f"{name}_weight_scale", (sizes.experts, rows, 1), torch.float32, scales)
+
+
 def create_int4(
     layer: Module,
     sizes: ExpertSizes,

@@ -235,6 +235,7 @@ class MixedExpertsMethod(FusedMoEMethodBase):
 # support no map (supports_expert_map), and of the rest nothing was measured on a group of a layer.
 MAPPED_BACKENDS: dict[str, tuple[tuple[int, str], ...]] = {
     "fp8_block": ((89, "triton"), (80, "marlin")),
+    "fp8_channel": ((89, "triton"), (80, "marlin")),
     "gptq": ((80, "marlin"),),
     "awq": ((80, "marlin"),),
     "bf16": ((0, "triton"),),

@@ -4,7 +4,7 @@
 vLLM's own ``convert_weight_packed_scale_zp`` unpacks every code to an int32 of its own and packs
 those one by one; most of the time that loading int4 experts took. Here whole words are masked,
 shifted and added, four to eight codes at a time, in tiles that stay in the cache. The result is the
-same to the last byte, which :func:`vllm_mixprec.quant.cpu_ops.probe` compares before it is trusted.
+same to the last byte, which :mod:`vllm_mixprec.quant.cpu_probe` compares before it is trusted.
 
 The layout (csrc/cpu/sgl-kernels/gemm_int4.cpp, ``_dequant_weight_zp_only`` and its callers), for 32
 output features by ``block_k`` input features: for every 4 input features k, 16 output features and
@@ -15,9 +15,17 @@ the same 32 output features.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from vllm import _custom_ops as ops
+
+from vllm_mixprec.checkpoint.packing import AWQ_ORDER, unpack
+from vllm_mixprec.checkpoint.stored import unpin
+
+Int4Layout = ops.CPUQuantAlgo
+"""What int4 weights are packed from: AWQ's words or GPTQ v1's."""
 
 _BLOCK_ROWS = 32
 _BLOCK_COLUMNS = 128
@@ -26,6 +34,71 @@ _TILE_WORDS = 1 << 16  # 256 KiB of words, 1 MiB with what is made of them
 _EVEN = torch.tensor(0x0F0F0F0F, dtype=torch.int32, device="cpu")
 # How many codes of 4 bits may be added up within a byte.
 _ADDENDS = 16
+_THREADS = 4
+
+
+def pack_int4(
+    weight: Tensor, scale: Tensor, zero: Tensor, layout: Int4Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block int4 tensors, of one linear or, with a leading dimension, of experts.
+
+    Of GPTQ v1 ``weight`` is (K / 8, N) int32, of AWQ (K, N / 8); ``scale`` (K / g, N), ``zero``
+    (K / g, N / 8) int32 holding the zero points, of GPTQ less 1, each as its checkpoints pack it.
+    Returns the blocked weight uint8, scale float32 and zero point int8.
+    """
+    awq = layout == Int4Layout.AWQ
+    experts = weight[None] if weight.dim() == 2 else weight
+    groups, n = scale.shape[-2:]
+    group_size = experts.shape[1] * (1 if awq else 8) // groups
+    room = _room_of(experts, group_size)
+    in_place = room is not None
+    if room is None:
+        room = torch.empty(_roomy_shape(experts, group_size), dtype=torch.int32)
+    blocked = room.view(torch.uint8).view(
+        len(experts), n // _BLOCK_ROWS, -1, 16 * block_columns(group_size) + 128
+    )
+    zeros = unpack(zero, 4, AWQ_ORDER) if awq else unpack(zero, 4) + 1
+    place = block_awq if awq else block_gptq
+
+    def block(words: Tensor, points: Tensor, out: Tensor) -> None:
+        place(words.clone() if in_place else words, points, group_size, out)
+
+    each = experts, zeros.view(-1, groups, n), blocked
+    if len(experts) == 1 or torch.get_num_threads() > 1:
+        list(map(block, *each))
+    else:  # where OpenMP has one thread, whole experts go to the cores that it leaves idle
+        with ThreadPoolExecutor(_THREADS, initializer=unpin) as pool:
+            list(pool.map(block, *each))
+    factors, points = (
+        each.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
+        for each, dtype in ((scale, torch.float32), (zeros, torch.int8))
+    )
+    return (blocked if weight.dim() == 3 else blocked[0]), factors, points
+
+
+def with_room(words: Tensor, group_size: int) -> Tensor:
+    """Return a tensor of this shape, (experts, K / 8, N) or (experts, K, N / 8), not its values.
+
+    Its experts lie as far apart as :func:`pack_int4` needs to block them where they are: fresh
+    memory for the result costs as much time as the work does, and would be the peak of loading.
+    """
+    room = torch.empty(_roomy_shape(words, group_size), dtype=torch.int32)
+    return room[:, : words[0].numel()].view(words.shape)
+
+
+def _room_of(words: Tensor, group_size: int) -> Tensor | None:
+    """Return the whole memory of a tensor that :func:`with_room` made; None of any other."""
+    experts, each = _roomy_shape(words, group_size)
+    storage = words.untyped_storage()
+    if words.stride(0) != each or storage.nbytes() != 4 * experts * each:
+        return None
+    return torch.empty(0, dtype=torch.int32).set_(storage).view(experts, each)
+
+
+def _roomy_shape(words: Tensor, group_size: int) -> tuple[int, int]:
+    """Experts, and int32 that each takes when blocked: its words, and a sum a block and column."""
+    each = words[0].numel()
+    return len(words), each + 8 * each // block_columns(group_size)
 
 
 def block_columns(group_size: int) -> int:

@@ -22,9 +22,11 @@ from vllm.platforms import current_platform
 
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
-from vllm_mixprec.quant import cpu
-from vllm_mixprec.quant.cpu_ops import ExpertKernel, Int4Layout, probe
+from vllm_mixprec.quant import cpu, cpu_linear
+from vllm_mixprec.quant.cpu_ops import ExpertKernel
+from vllm_mixprec.quant.cpu_probe import probe
 from vllm_mixprec.quant.expert_parameters import is_plain_silu
+from vllm_mixprec.quant.int4_blocks import Int4Layout
 from vllm_mixprec.routing.kernels import PLATFORM_VARIABLE, Platform, detect_platform
 
 if TYPE_CHECKING:
@@ -33,13 +35,15 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.mixprec")
 
 _CPU_LINEAR = {
-    "fp8_block": cpu.CpuFp8LinearMethod,
-    "gptq": cpu.CpuInt4LinearMethod,
-    "awq": cpu.CpuInt4LinearMethod,
+    "fp8_block": cpu_linear.CpuFp8LinearMethod,
+    "fp8_channel": cpu_linear.CpuFp8ChannelLinearMethod,
+    "gptq": cpu_linear.CpuInt4LinearMethod,
+    "awq": cpu_linear.CpuInt4LinearMethod,
 }
 _CPU_EXPERTS = {
     "bf16": cpu.CpuBf16ExpertsMethod,
     "fp8_block": cpu.CpuFp8ExpertsMethod,
+    "fp8_channel": cpu.CpuFp8ChannelExpertsMethod,
     "gptq": cpu.CpuInt4ExpertsMethod,
     "awq": cpu.CpuInt4ExpertsMethod,
 }
@@ -47,6 +51,7 @@ _CPU_EXPERTS = {
 _CPU_KERNELS = {
     "bf16": (ExpertKernel.BF16, None),
     "fp8_block": (ExpertKernel.FP8_BLOCK, None),
+    "fp8_channel": (ExpertKernel.FP8_CHANNEL, None),
     "gptq": (ExpertKernel.INT4, Int4Layout.GPTQ),
     "awq": (ExpertKernel.INT4, Int4Layout.AWQ),
 }
@@ -136,6 +141,22 @@ def _stock_config(scheme: Scheme) -> Any:
             is_checkpoint_fp8_serialized=True,
             activation_scheme="dynamic",
             weight_block_size=list(scheme.block),
+        )
+    if scheme.format == "fp8_channel":
+        from vllm.model_executor.layers.quantization.compressed_tensors import (
+            compressed_tensors,
+        )
+
+        # As llm-compressor's FP8_DYNAMIC writes it: activations are quantised a token, where the
+        # device computes in FP8; below compute capability 8.9 Marlin takes them as they are.
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+        group = {
+            "targets": ["re:.*"],
+            "weights": weights,
+            "input_activations": weights | {"strategy": "token", "dynamic": True},
+        }
+        return compressed_tensors.CompressedTensorsConfig.from_config(
+            {"format": "float-quantized", "config_groups": {"group_0": group}, "ignore": []}
         )
     if scheme.format == "gptq":
         from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig

@@ -20,6 +20,7 @@ from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant.expert_parameters import (
     ExpertSizes,
     create_fp8_block,
+    create_fp8_channel,
     create_int4,
     create_plain,
     is_plain_silu,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 VARIABLE = "VLLM_MIXPREC_EXPERT_KERNEL"
+_FP8_SCALES = {"fp8_block": "weight_scale_inv", "fp8_channel": "weight_scale"}
 _SETTINGS = ("auto", "groups", "one-launch")
 
 MEASURED: frozenset[tuple[int, frozenset[str]]] = frozenset()
@@ -83,8 +85,8 @@ def _problem(schemes: Sequence[Scheme], platform: Platform, layer: "RoutedExpert
     if moe.in_dtype not in (torch.bfloat16, torch.float16):
         return f"hidden states in {moe.in_dtype}"
     for scheme in schemes:
-        if scheme.is_quantized and scheme.format not in ("fp8_block", "gptq"):
-            return f"{scheme.label}: it takes FP8 in blocks and GPTQ int4"
+        if scheme.is_quantized and scheme.format not in (*_FP8_SCALES, "gptq"):
+            return f"{scheme.label}: it takes FP8 with a scale a block or a row, and GPTQ int4"
         if scheme.format == "gptq" and scheme.bits != 4:
             return f"{scheme.label}: it takes 4 bits"
         sizes = moe.hidden_dim, moe.intermediate_size_per_partition
@@ -117,6 +119,8 @@ class HeldExpertsMethod(FusedMoEMethodBase):
         sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition)
         if self.scheme.format == "fp8_block":
             create_fp8_block(layer, sizes, self.scheme, extra_weight_attrs)
+        elif self.scheme.format == "fp8_channel":
+            create_fp8_channel(layer, sizes, extra_weight_attrs)
         elif self.scheme.format == "gptq":
             # As GPTQ stores them; bfloat16 would round them.
             create_int4(layer, sizes, self.scheme, torch.float16, extra_weight_attrs)
@@ -141,16 +145,12 @@ class HeldExpertsMethod(FusedMoEMethodBase):
 
     def weights(self, layer: "RoutedExperts", name: str) -> list[Weight]:
         """Return ``w13`` or ``w2`` of every expert of this format, by slot; views."""
-        if self.scheme.format == "fp8_block":
-            assert self.scheme.block is not None
-            pairs = zip(
-                getattr(layer, f"{name}_weight"),
-                getattr(layer, f"{name}_weight_scale_inv"),
-                strict=True,
-            )
-            return [
-                Fp8Weight(weight.data, scale.data, self.scheme.block) for weight, scale in pairs
-            ]
+        if self.scheme.format in _FP8_SCALES:
+            weights = getattr(layer, f"{name}_weight")
+            scales = getattr(layer, f"{name}_{_FP8_SCALES[self.scheme.format]}")
+            block = self.scheme.block or (1, weights.shape[2])
+            pairs = zip(weights, scales, strict=True)
+            return [Fp8Weight(weight.data, scale.data, block) for weight, scale in pairs]
         if self.scheme.format == "gptq":
             pairs = zip(
                 getattr(layer, f"{name}_codes"), getattr(layer, f"{name}_scales"), strict=True

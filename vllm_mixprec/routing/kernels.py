@@ -70,15 +70,23 @@ def _cpu_fp8_block(platform: Platform, scheme: Scheme, n: int, k: int) -> str | 
     # vLLM kernels/linear/scaled_mm/cpu.py can_implement: block K of 128, block N a multiple
     # of 32; convert_weight_packed tiles N by 32.
     assert scheme.block is not None, f"{scheme.label} without a block"
+    block_n, block_k = scheme.block
+    if scheme.scale_format == "float" and (block_k != 128 or block_n % 32):
+        return f"it takes blocks of 32x128, 64x128, 96x128 ..., not {block_n}x{block_k}"
+    return _cpu_fp8_channel(platform, scheme, n, k) or (
+        f"K={k} on a rank is not a multiple of 128" if k % 128 else None
+    )
+
+
+def _cpu_fp8_channel(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
+    # The block kernel with scales of one; a row's scale multiplies what comes out. Its last block
+    # of K may be a part of one: convert_weight_packed tiles both dimensions by 32.
     if scheme.scale_format != "float":
         return f"it takes floating-point scales, not {scheme.scale_format}"
-    block_n, block_k = scheme.block
-    if block_k != 128 or block_n % 32:
-        return f"it takes blocks of 32x128, 64x128, 96x128 ..., not {block_n}x{block_k}"
     if n % 32:
         return f"N={n} on a rank is not a multiple of 32"
-    if k % 128:
-        return f"K={k} on a rank is not a multiple of 128"
+    if k % 32:
+        return f"K={k} on a rank is not a multiple of 32"
     return None
 
 
@@ -115,6 +123,15 @@ def _cuda_fp8_block(platform: Platform, scheme: Scheme, n: int, k: int) -> str |
         return f"it takes blocks of 128x128, not {block}"
     if k % 128:  # quantization/utils/fp8_utils.py per_token_group_quant_fp8
         return f"K={k} on a rank is not a multiple of 128"
+    return _marlin_tiles(n, k)
+
+
+def _cuda_fp8_channel(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
+    # vLLM's compressed-tensors W8A8 of strategy "channel": FP8 from 8.9, Marlin from 8.0.
+    if scheme.scale_format != "float":
+        return f"it takes floating-point scales, not {scheme.scale_format}"
+    if platform.compute_capability < 80:
+        return "it needs compute capability 8.0"
     return _marlin_tiles(n, k)
 
 
@@ -164,11 +181,13 @@ ACTIVATIONS = {"cpu-avx512": frozenset({"bf16"}), "cuda": frozenset({"bf16", "fp
 # (platform family, format) -> kernel. A pair that is absent has no packed kernel.
 KERNELS: dict[tuple[str, str], Kernel] = {
     ("cpu-avx512", "fp8_block"): Kernel("fp8_scaled_mm_cpu", _cpu_fp8_block, _cpu_fp8_block),
+    ("cpu-avx512", "fp8_channel"): Kernel("fp8_scaled_mm_cpu", _cpu_fp8_channel, _cpu_fp8_channel),
     # With groups of unlike sizes in w13 and w2 fused_experts_cpu is off by 0.2, without an error
     # (measured with vLLM 0.32, tests/quant/test_formats.py).
     ("cpu-avx512", "gptq"): Kernel("int4_scaled_mm_cpu", _cpu_int4, _cpu_int4, one_group_size=True),
     ("cpu-avx512", "awq"): Kernel("int4_scaled_mm_cpu", _cpu_int4, _cpu_int4, one_group_size=True),
     ("cuda", "fp8_block"): Kernel("fp8 block", _cuda_fp8_block, _cuda_fp8_block),
+    ("cuda", "fp8_channel"): Kernel("fp8 channel", _cuda_fp8_channel, _cuda_fp8_channel),
     ("cuda", "gptq"): Kernel("gptq_marlin", _cuda_gptq, _cuda_gptq),
     ("cuda", "awq"): Kernel("awq_marlin", _cuda_awq, _cuda_awq),
 }

@@ -237,7 +237,8 @@ def _bytes_on_rank(route: Route, shard: Shard) -> int:
     for suffix, size_bytes in route.served_tensors():
         if suffix != "g_idx":  # one entry a column of the weight
             size_bytes = size_bytes * shard.rows // rows
-        if suffix != "bias":  # one entry a row
+        # Of a row whatever its length: a bias, a scale a row.
+        if suffix != "bias" and not (route.served.format == "fp8_channel" and "scale" in suffix):
             size_bytes = size_bytes * shard.columns // columns
         total += size_bytes
     return total

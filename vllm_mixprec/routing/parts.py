@@ -136,8 +136,8 @@ def _make_part(key: tuple[Any, ...], routes: Sequence[Route]) -> Part:
 def _kernel_of(table: RouteTable, route: Route) -> str:
     platform, is_expert = table.platform, parse_expert(route.module) is not None
     if route.served.is_quantized:
-        if is_expert and platform.family == "cpu-avx512":
-            return "fused_experts_cpu"  # one operator for all formats (quant/cpu_ops.py)
+        if is_expert and platform.family == "cpu-avx512" and route.served.format != "fp8_channel":
+            return "fused_experts_cpu"  # one operator for all other formats (quant/cpu_ops.py)
         return KERNELS[platform.family, route.served.format].name
     return "fused_experts_cpu" if is_expert and _has_fast_bf16(table, route) else _OWN
 

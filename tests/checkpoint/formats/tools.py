@@ -225,11 +225,11 @@ CASES: dict[str, Case] = {
         _128,
     ),
     "fp8-mx": Case(fp8((1, 32), "ue8m0"), "fp8_block 1x32 e8m0", None, None),
-    "fp8-channel": Case(plain_fp8("channel"), "fp8_channel", None, None),
+    "fp8-channel": Case(plain_fp8("channel"), *["fp8_channel"] * 3),
     "fp8-tensor": Case(plain_fp8("tensor"), "fp8_tensor", _128, _128),
     "ct-fp8-block": Case(compressed(FLOAT, FP8 | WHOLE_BLOCK), "ct_fp8 128x128", _128, _128),
     "ct-fp8-channel": Case(
-        compressed(FLOAT, FP8 | {"strategy": "channel"}), "ct_fp8 channel", None, None
+        compressed(FLOAT, FP8 | {"strategy": "channel"}), "ct_fp8 channel", *["fp8_channel"] * 2
     ),
     "ct-fp8-tensor": Case(
         compressed(FLOAT, FP8 | {"strategy": "tensor"}), "ct_fp8 tensor", _128, _128

@@ -45,6 +45,9 @@ DEFAULT_BLOCK = (128, 128)
 SCALE_SUFFIXES = ("weight_scale_inv", "weight_scale")
 E8M0_DTYPES = ("U8", "F8_E8M0")
 
+CHANNEL = Scheme("fp8_channel", bits=8)
+"""What kernels for a scale a row take, whatever tool stored it."""
+
 Granularity = tuple[int, int] | str
 """What shares a scale: a block, or "channel", or "tensor"."""
 
@@ -227,20 +230,24 @@ def _stored_scale(
 
 
 def _layouts(scheme: Scheme) -> tuple[Scheme, ...]:
-    """List blocks of whole 32 rows and 128 columns, with float scales, that hold the same scales.
+    """List layouts with float scales that hold the same scales.
 
-    The smaller blocks repeat a larger one's scale; a scale a tensor is a block of any size.
+    They are blocks of whole 32 rows and 128 columns, the smaller of which repeat a larger one's
+    scale, and a scale a row; a scale a tensor is both.
     """
-    if _is_channel(scheme):
-        return ()
-    rows, columns = scheme.block or (128, 128)
-    sizes = [size for size in dict.fromkeys((128, rows, 32)) if rows % size == size % 32 == 0]
-    made = [Scheme("fp8_block", bits=8, block=(size, 128)) for size in sizes if columns % 128 == 0]
+    made = [] if scheme.block is not None else [CHANNEL]
+    if not _is_channel(scheme):
+        rows, columns = scheme.block or (128, 128)
+        sizes = [size for size in dict.fromkeys((128, rows, 32)) if rows % size == size % 32 == 0]
+        blocks = [(size, 128) for size in sizes if columns % 128 == 0]
+        made = [*(Scheme("fp8_block", bits=8, block=block) for block in blocks), *made]
     return tuple(layout for layout in made if layout != scheme)
 
 
 def _held_bytes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, int]:
-    assert scheme.block is not None, f"{scheme.label} is no layout of another format"
     n, k = shape
+    if scheme == CHANNEL:
+        return {"weight": n * k, "weight_scale": 4 * n}
+    assert scheme.block is not None, f"{scheme.label} is no layout of another format"
     rows, columns = _grid(shape, scheme.block)
     return {"weight": n * k, "weight_scale_inv": 4 * rows * columns}
