@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_mixprec.checkpoint.header import TensorSpec
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, TensorSpec]
 """The tensors of one module: suffix ("weight", "qweight", ...) -> spec."""
+
+Looks = tuple[str | tuple[str, tuple[int, ...]], ...]
+"""Of a module's tensors first every suffix, then every dtype with its shape."""
 
 PLAIN_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 """Unquantised format -> safetensors dtype."""
@@ -112,8 +115,7 @@ class Scheme:
         return " ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """A module of a checkpoint with all the tensors that belong together.
 
     Attributes:
@@ -127,6 +129,9 @@ class Module:
             begins with the tensor's name. Empty for a sound module.
         fused: what the files call the module that this one is a part of, such as
             "model.layers.0.self_attn.qkv_proj"; None for a module that is stored by itself.
+        looks: the suffixes, dtypes and shapes of the tensors; None where they, with nothing but
+            the name, do not decide how the module is stored. What holds of one module of a
+            checkpoint then holds of all that look the same, and need be found out only once.
     """
 
     name: str
@@ -135,6 +140,7 @@ class Module:
     shape: tuple[int, ...]
     problems: tuple[str, ...]
     fused: str | None = None
+    looks: Looks | None = None
 
     @property
     def nbytes(self) -> int:
