@@ -124,12 +124,14 @@ def read_modules(
         if found is None:
             looks: Looks = (*tensors, *map(_kind_of, tensors.values()))
             twin = sound.get(looks)
-            if twin is not None:
-                module = Module(name, tensors, twin.scheme, twin.shape, (), None, twin.looks)
+            if twin is not None and twin.looks is not None:
+                module = Module(name, tensors, twin.scheme, twin.shape, ())
+                module.set_looks(twin.looks)
             else:
                 module = recognise(name, tensors, quantization)
                 if quantization.is_uniform and not module.problems:
-                    module = sound[looks] = module._replace(looks=looks)
+                    module.set_looks(looks)
+                    sound[looks] = module
             if name.endswith(_LINEAR_LEAVES) and (parts := _split_linear(module, text)):
                 yield from parts
             else:

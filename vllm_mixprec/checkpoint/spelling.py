@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vllm_mixprec.checkpoint.formats import Module
@@ -20,10 +21,12 @@ _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 # phimoe.py, minimax_m2.py). transformers 5 calls it ``mlp``, and so do exports made with it.
 _SPARSE_BLOCK_TYPES = frozenset({"mixtral", "phimoe", "minimax_m2"})
 
-# Among names, a line each, one that loses another wrapper than ``model.``, or any other part.
-_RESPELT = re.compile(
-    r"^(?:language_model|model\.(?:model|language_model))\.|\.block_sparse_moe|\.w[123]$",
-    re.MULTILINE,
+# What is in a text of names, a line each, of which any loses or changes more than ``model.``.
+_RESPELT = (
+    "language_model.",
+    "\nmodel.model.",
+    ".block_sparse_moe",
+    *(f".{leaf}\n" for leaf in _PROJECTIONS),
 )
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -90,10 +93,10 @@ def mark_clashes(modules: Iterable[Module]) -> dict[str, Module]:
             f"{names[0]}: the same module as {names[1]}, which these files hold too; expected one "
             "spelling of it. Remove one of the two, or choose another source.",
         )
-        marked = other._replace(problems=(*other.problems, clash))
+        marked = replace(other, problems=(*other.problems, clash))
         by_key[key] = by_name[other.name] = marked
         if module.name != other.name:
-            by_name[module.name] = module._replace(problems=(*module.problems, clash))
+            by_name[module.name] = replace(module, problems=(*module.problems, clash))
     return by_name
 
 
@@ -103,7 +106,8 @@ def _may_clash(names: Collection[str]) -> bool:
     Most checkpoints have one spelling throughout: all that ``canonical_name`` does to any name is
     to strip ``model.``. It is ten times as fast to make sure of that than to ask for every name.
     """
-    if _RESPELT.search("\n".join(names)):
+    text = "\n".join(["", *names, ""])
+    if any(part in text for part in _RESPELT):
         return True
     return any(f"model.{name}" in names for name in names if not name.startswith("model."))
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllm_mixprec.checkpoint.header import TensorSpec
 
@@ -115,7 +115,8 @@ class Scheme:
         return " ".join(parts)
 
 
-class Module(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Module:
     """A module of a checkpoint with all the tensors that belong together.
 
     Attributes:
@@ -129,9 +130,10 @@ class Module(NamedTuple):
             begins with the tensor's name. Empty for a sound module.
         fused: what the files call the module that this one is a part of, such as
             "model.layers.0.self_attn.qkv_proj"; None for a module that is stored by itself.
-        looks: the suffixes, dtypes and shapes of the tensors; None where they, with nothing but
-            the name, do not decide how the module is stored. What holds of one module of a
-            checkpoint then holds of all that look the same, and need be found out only once.
+        looks: the suffixes, dtypes and shapes of the tensors, one object for all modules of a
+            checkpoint that have the same, and no other module's. What is found out of one of those
+            holds of all. None where the tensors alone do not decide how a module is stored, and
+            once ``replace`` has made another module of it.
     """
 
     name: str
@@ -140,7 +142,11 @@ class Module(NamedTuple):
     shape: tuple[int, ...]
     problems: tuple[str, ...]
     fused: str | None = None
-    looks: Looks | None = None
+    looks: Looks | None = field(default=None, init=False, repr=False, compare=False)
+
+    def set_looks(self, looks: Looks) -> None:
+        """Say which modules of the checkpoint this one is alike; for who makes it."""
+        object.__setattr__(self, "looks", looks)
 
     @property
     def nbytes(self) -> int:
