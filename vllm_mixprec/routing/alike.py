@@ -44,10 +44,11 @@ def gather_alike(routes: Mapping[str, Route]) -> tuple[Alike, ...]:
         if expert is None:
             gathered.append(Alike(route, None, []))
             continue
-        key = (expert.layer, expert.projection, id(route.looks), id(route.served), route.reason)
+        layer, number, projection = expert
+        key = (layer, projection, id(route.looks), id(route.served), route.reason)
         alike = found.get(key)
         if alike is None or route.looks is None:
-            alike = found[key] = Alike(route, expert.layer, [])
+            alike = found[key] = Alike(route, layer, [])
             gathered.append(alike)
-        alike.experts.append(expert.expert)
+        alike.experts.append(number)
     return tuple(gathered)

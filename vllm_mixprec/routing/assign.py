@@ -6,8 +6,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import repeat
+from operator import or_
 from typing import NamedTuple
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Module
@@ -97,30 +98,33 @@ def assign_sources(
     is left out. ``is_loaded`` tells of a module, without and with a draft, whether it matters: a
     quantised source often lacks the MTP layers.
     """
-    base = checkpoints[plan.base]
+    base_name = plan.base
+    base = checkpoints[base_name]
     for opened in checkpoints.values():
         _report_index(opened, log)
     siblings = gather_siblings(base.modules)
     # A rule that matches a fused module, by the name that the files have for it, matches its parts.
     fused = dict.fromkeys(m.fused for m in base.modules.values() if m.fused is not None)
     fused_masks = dict(zip(fused, match_rules(plan, gather_siblings(fused)), strict=True))
-    matched, won = 0, 0
     assignments: dict[str, Assignment] = {}
     fitting: set[tuple[int, int]] = set()
+    winners: dict[int, tuple[int | None, str]] = {}  # rules that match -> the one that counts
     masks = match_rules(plan, siblings)
     for (name, module), mask in zip(base.modules.items(), masks, strict=True):
         if module.fused is not None:
             mask |= fused_masks[module.fused]
-        matched |= mask
-        won |= mask & -mask
-        rule = first_rule(mask)
-        source = plan.base if rule is None else plan.rules[rule].source
+        winner = winners.get(mask)
+        if winner is None:
+            first = first_rule(mask)
+            source = base_name if first is None else plan.rules[first].source
+            winner = winners[mask] = first, source
+        rule, source = winner
         chosen = module
-        if source != plan.base:
+        if source != base_name:
             checkpoint = checkpoints.get(source)
             if checkpoint is None:
                 continue
-            found = checkpoint.find(name)
+            found = checkpoint.modules.get(name) or checkpoint.find(name)
             if found is None:
                 spoken = _spoken_name(module)
                 if is_loaded(name, False):
@@ -146,6 +150,8 @@ def assign_sources(
             fitting.add(pair)
         assignments[name] = Assignment(source, chosen, tensors, module.fused, looks)
     siblings += gather_siblings(name for name in fused if name not in base.modules)
+    matched = reduce(or_, winners, 0)
+    won = reduce(or_, (mask & -mask for mask in winners), 0)
     _report_rules(plan, siblings, matched, won, log)
     return assignments
 

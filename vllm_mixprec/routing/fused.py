@@ -96,33 +96,35 @@ def parse_expert_parent(parent: str) -> tuple[str, int] | None:
     return layer, int(expert)
 
 
-def parse_experts(modules: Iterable[str]) -> Iterator[ExpertName | None]:
+def parse_experts(modules: Iterable[str]) -> Iterator[tuple[str, int, str] | None]:
     """Yield what ``parse_expert`` says of each; faster for many, of which none is remembered."""
     last, found = None, None
     for module in modules:
         parent, _, projection = module.rpartition(".")
         if parent != last:  # an expert's projections mostly follow each other
             last, found = parent, parse_expert_parent(parent)
-        yield (
-            ExpertName(*found, projection)
-            if found is not None and projection in _PROJECTION_ORDER
-            else None
-        )
+        if found is not None and projection in _PROJECTION_ORDER:
+            yield (*found, projection)
+        else:
+            yield None
 
 
 def group_units(modules: Iterable[str]) -> tuple[Unit, ...]:
     """Gather modules into the units that vLLM runs as one, in the order of their first module."""
     members: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}  # leaf -> module
-    is_expert, last = False, None
+    last, is_expert = None, False
+    expert: dict[str, str] | None = None
     for module in modules:
         parent, _, leaf = module.rpartition(".")
-        if parent != last:
-            last, is_expert = parent, parse_expert_parent(parent) is not None
+        if parent != last:  # an expert's projections mostly follow each other
+            last, is_expert, expert = parent, parse_expert_parent(parent) is not None, None
         if is_expert and leaf in _PROJECTION_ORDER:
-            key = parent, EXPERT_PROJECTIONS
-        else:
-            parts = _FUSED_BY_PART.get(leaf)
-            key = (module, ()) if parts is None else (parent, parts)
+            if expert is None:
+                expert = members.setdefault((parent, EXPERT_PROJECTIONS), {})
+            expert[leaf] = module
+            continue
+        parts = _FUSED_BY_PART.get(leaf)
+        key = (module, ()) if parts is None else (parent, parts)
         members.setdefault(key, {})[leaf] = module
     return tuple(_make_unit(parent, parts, found) for (parent, parts), found in members.items())
 

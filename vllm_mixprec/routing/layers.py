@@ -46,18 +46,18 @@ def gather_layers(modules: Collection[Module]) -> dict[int, Layer]:
                 layer.modules[module.name[len(layer.name) + 1 :]] = module
             last = None
             continue
-        if expert.layer != last:
-            last, layer = expert.layer, _layer_of(module.name, layers)
+        experts_name, number, projection = expert
+        if experts_name != last:
+            last, layer = experts_name, _layer_of(module.name, layers)
         if layer is None:
             continue
-        ids = layer.experts.get(expert.projection)
+        ids = layer.experts.get(projection)
         if ids is None:
-            ids = layer.experts[expert.projection] = set()
-        ids.add(expert.expert)
-        shape = expert.projection, module.shape
-        if shape not in layer.expert_shapes:
-            layer.expert_shapes[shape] = module
-        layer.experts_name = expert.layer
+            ids = layer.experts[projection] = set()
+        ids.add(number)
+        if (projection, module.shape) not in layer.expert_shapes:
+            layer.expert_shapes[projection, module.shape] = module
+        layer.experts_name = experts_name
     return layers
 
 

@@ -24,6 +24,9 @@ PER_CHANNEL = -1  # group_size of experts whose projections have one group each,
 _STACKED_EXPERT_PARTS = frozenset({"gate_proj", "up_proj", "w1", "w3"})
 
 
+_NO_ROUTE = Route("", "", Scheme("bf16", 16), Scheme("bf16", 16), None, {}, ())
+
+
 class _Part(NamedTuple):
     """What a decision about one module of a unit depends on, and nothing else.
 
@@ -83,23 +86,18 @@ class Widener:
 
     def route(self, assignments: Mapping[str, Assignment]) -> dict[str, Route]:
         """Return a route for every assignment, in the same order."""
-        routes: dict[str, Route] = {}
+        routes: dict[str, Route] = dict.fromkeys(assignments, _NO_ROUTE)  # for their order
         for unit in group_units(assignments):
             assigned = [assignments[module] for module in unit.modules]
             decision, is_cast = self._decide_once(unit, assigned)
             widening = decision.widening
-            made = [
-                _make_route(module, assignment, served, widening)
-                for module, assignment, served in zip(
-                    unit.modules, assigned, decision.served, strict=True
-                )
-            ]
-            for route in made:
-                routes[route.module] = route
+            for module, part, served in zip(unit.modules, assigned, decision.served, strict=True):
+                routes[module] = _make_route(module, part, served, widening)
             if widening is None and decision.uncut is None and not is_cast:
                 continue
             if not any(self._dims.is_loaded(name, self._layout.draft) for name in unit.modules):
                 continue
+            made = [routes[module] for module in unit.modules]
             if widening is not None:
                 fused = {assignment.fused for assignment in assigned}
                 where = next(iter(fused)) if len(fused) == 1 else None
@@ -107,7 +105,7 @@ class Widener:
             if decision.uncut is not None:
                 self._report_uncut(unit, decision.uncut)
             self._report_casts(made)
-        return {module: routes[module] for module in assignments}
+        return routes
 
     def _decide_once(self, unit: Unit, assigned: list[Assignment]) -> tuple[_Decision, bool]:
         """Decide on a unit as on others like it; also whether any part is cast to another dtype.
@@ -260,18 +258,11 @@ def _shared_layouts(parts: tuple[_Part, ...]) -> Iterator[tuple[_Part, ...]]:
 def _make_route(
     module: str, assignment: Assignment, served: Scheme, widening: _Widening | None
 ) -> Route:
-    stored = assignment.module.scheme
-    widened = widening is not None and stored.is_quantized
-    return Route(
-        module=module,
-        source=assignment.source,
-        stored=stored,
-        served=served,
-        reason=widening.reason if widening is not None and widened else None,
-        tensors=assignment.tensors,
-        shape=assignment.module.shape,
-        looks=assignment.looks,
-    )
+    source, chosen, tensors, _, looks = assignment
+    stored, reason = chosen.scheme, None
+    if widening is not None and stored.is_quantized:
+        reason = widening.reason
+    return Route(module, source, stored, served, reason, tensors, chosen.shape, looks)
 
 
 def shared_scheme(weights: Sequence[tuple[Scheme, tuple[int, ...]]]) -> Scheme | None:
