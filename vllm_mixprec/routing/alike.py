@@ -37,15 +37,16 @@ class Alike(NamedTuple):
 def gather_alike(routes: Mapping[str, Route]) -> tuple[Alike, ...]:
     """Put routes together that are alike, in the order of the first of each."""
     gathered: list[Alike] = []
-    # Of one table's routes equal looks, and equal schemes as served, mostly are one object, and one
-    # source's alone: to compare what they hold would take longer than all the rest.
-    found: dict[tuple[str, str, int, int, str | None], Alike] = {}
+    # Equal looks, and equal schemes as served, mostly are one object among a table's routes: to
+    # compare what they hold takes longer than all the rest.
+    found: dict[tuple[str, str, str, int, int, str | None], Alike] = {}
     for route, expert in zip(routes.values(), parse_experts(routes), strict=True):
         if expert is None:
             gathered.append(Alike(route, None, []))
             continue
         layer, number, projection = expert
-        key = (layer, projection, id(route.looks), id(route.served), route.reason)
+        kind = route.source, id(route.looks), id(route.served), route.reason
+        key = (layer, projection, *kind)
         alike = found.get(key)
         if alike is None or route.looks is None:
             alike = found[key] = Alike(route, layer, [])
