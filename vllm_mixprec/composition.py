@@ -11,6 +11,8 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from vllm_mixprec.checkpoint.hub import fetch
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.checkpoint.shards import SAFETENSORS, Shards, keep_headers
@@ -240,7 +242,9 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # json.dumps with an indent takes a second for an index of 90,000 tensors, in Python.
+    text = msgspec.json.format(json.dumps(content, ensure_ascii=False), indent=2)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _swap(building: Path, target: Path) -> None:

@@ -33,14 +33,14 @@ def check_case(folder: Path, change: Callable[[], None] | None = None) -> dict[s
     from vllm_mixprec.routing import sources
 
     if change is not None:
-        real, waiting = sources._read_data, [change]
+        real, waiting = sources.same_values, [change]
 
-        def changing(spec: Any) -> bytes:
+        def changing(one: Any, other: Any) -> bool:
             while waiting:
                 waiting.pop()()
-            return real(spec)
+            return real(one, other)
 
-        sources._read_data = changing
+        sources.same_values = changing
     arguments = ["check", str(folder / "plan.yaml"), "--platform", "cpu-avx512"]
     printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     with contextlib.redirect_stdout(printed):

@@ -3,6 +3,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from operator import attrgetter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from vllm_mixprec.checkpoint.bounded_json import parse_json
 from vllm_mixprec.checkpoint.files import FileStamp, open_file
+from vllm_mixprec.checkpoint.usual_json import decode_entries
 from vllm_mixprec.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -46,6 +48,9 @@ _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _LARGEST = 2**64 - 1  # of a size or an offset, as the safetensors library counts them
 
 _Kind = tuple[str, tuple[int, ...]]  # dtype and shape
+Kinds = dict[_Kind, tuple[_Kind, float]]
+"""Dtypes and shapes that were met before: themselves, so that equal ones are one object, and the
+bytes that they take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,10 @@ class TensorSpec(NamedTuple):
             start=self.start + rows.start * row_bytes,
             end=self.start + rows.stop * row_bytes,
         )
+
+
+# A third faster than to call the class, which unpacks and packs its arguments in Python.
+_make_spec: partial[TensorSpec] = partial(tuple.__new__, TensorSpec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,23 +186,63 @@ def header_length(file: Path, first: bytes, file_bytes: int) -> int:
     return header_bytes
 
 
-def parse_header(file: Path, raw: RawHeader) -> dict[str, TensorSpec]:
+def parse_header(file: Path, raw: RawHeader, known: Kinds | None = None) -> dict[str, TensorSpec]:
     """Turn a header into the specs of ``file``'s tensors.
 
     Format: https://github.com/huggingface/safetensors#format. The byte ranges must cover the
     file's data without a hole or an overlap, as the safetensors library demands.
 
+    Args:
+        known: shared by the files of a checkpoint, and added to.
+
     Raises:
         CheckpointError: the header is malformed, or contradicts the file's size.
     """
+    known = {} if known is None else known
+    specs = _parse_usual(file, raw, known)
+    if specs is not None:
+        return specs
     data_start = 8 + len(raw.text)
-    specs: dict[str, TensorSpec] = {}
-    shapes: dict[_Kind, tuple[_Kind, float]] = {}
+    specs = {}
     entries = _parse_json(file, raw.text)
     _check_metadata(file, entries.pop("__metadata__", {}))
     for name, entry in entries.items():
-        specs[name] = _parse_entry(file, name, entry, data_start, raw.stamp, shapes)
+        specs[name] = _parse_entry(file, name, entry, data_start, raw.stamp)
     _check_ranges(file, specs, data_start, raw.file_bytes)
+    return specs
+
+
+def _parse_usual(file: Path, raw: RawHeader, known: Kinds) -> dict[str, TensorSpec] | None:
+    """Turn a sound header as libraries write it into specs, None for any other.
+
+    One pass over the tensors with the same demands as the general one, which has the words for
+    what is wrong.
+    """
+    entries = decode_entries(raw.text)
+    if entries is None:
+        return None
+    stamp = raw.stamp
+    data_start = position = 8 + len(raw.text)
+    specs: dict[str, TensorSpec] = {}
+    is_in_order = True
+    try:
+        for name, entry in entries.items():
+            kind = entry.dtype, entry.shape
+            found = known.get(kind)
+            if found is None:
+                found = known[kind] = _parse_kind(file, name, *kind)
+            (dtype, shape), nbytes = found
+            start, end = entry.data_offsets
+            if end - start != nbytes:
+                return None
+            start += data_start
+            is_in_order = is_in_order and start == position
+            position = end + data_start
+            specs[name] = _make_spec((name, dtype, shape, file, start, position, None, stamp))
+        if not is_in_order or position != raw.file_bytes:
+            _check_ranges(file, specs, data_start, raw.file_bytes)
+    except CheckpointError:
+        return None
     return specs
 
 
@@ -224,12 +273,8 @@ def _parse_entry(
     entry: Any,
     data_start: int,
     stamp: FileStamp | None,
-    known: dict[_Kind, tuple[_Kind, float]],
 ) -> TensorSpec:
-    """Turn one header entry into a spec; the ranges of the tensors are compared later.
-
-    ``known`` are the dtypes and shapes that this file had before: itself, and the bytes it takes.
-    """
+    """Turn one header entry into a spec; the ranges of the tensors are compared later."""
     try:
         dtype, dims, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -237,11 +282,7 @@ def _parse_entry(
     if len(entry) != len(_ENTRY_KEYS):
         extra = sorted(entry.keys() - _ENTRY_KEYS)
         _refuse(file, name, f"entry has {extra!r} too", "dtype, shape and two data_offsets alone")
-    try:
-        kind, nbytes = known[dtype, tuple(dims)]
-    except (KeyError, TypeError):
-        kind, nbytes = _parse_kind(file, name, dtype, dims)
-        known[kind] = kind, nbytes
+    kind, nbytes = _parse_kind(file, name, dtype, dims)
     if type(start) is not int or type(end) is not int or not 0 <= start <= end:
         _refuse(file, name, f"data_offsets are [{start!r}, {end!r}]", "0 <= start <= end")
     if nbytes != end - start:
@@ -259,7 +300,7 @@ def _parse_kind(file: Path, name: str, dtype: Any, dims: Any) -> tuple[_Kind, fl
     bits = DTYPE_BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
         _refuse(file, name, f"dtype is {dtype!r}", f"one of {' '.join(DTYPE_BITS)}")
-    if type(dims) is not list:
+    if type(dims) not in (list, tuple):  # a tuple from the typed decoder
         _refuse(file, name, f"shape is {dims!r}", "a list of sizes")
     elements = 1
     for dim in dims:
@@ -268,7 +309,8 @@ def _parse_kind(file: Path, name: str, dtype: Any, dims: Any) -> tuple[_Kind, fl
         elements *= dim
         if max(dim, elements * bits) > _LARGEST:
             _refuse(file, name, f"shape is {dims!r}", f"at most {_LARGEST} bits")
-    return (dtype, tuple(dims)), elements * bits / 8
+    nbytes, left = divmod(elements * bits, 8)
+    return (dtype, tuple(dims)), nbytes + left / 8 if left else nbytes
 
 
 def _check_ranges(

@@ -6,7 +6,8 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,7 +17,8 @@ from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.parts import read_modules
 from vllm_mixprec.checkpoint.shards import SAFETENSORS, TORCH, Container, Shards
-from vllm_mixprec.checkpoint.spelling import canonical_name, mark_clashes
+from vllm_mixprec.checkpoint.spelling import canonical_name, index_by_key, mark_clashes
+from vllm_mixprec.checkpoint.usual_json import decode_weight_map
 from vllm_mixprec.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20
@@ -25,7 +27,7 @@ MAX_JSON_BYTES = 64 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
     """One checkpoint, from its headers.
 
@@ -38,7 +40,6 @@ class Checkpoint:
         problems: where index and directory disagree: shards that the index names and the
             directory lacks, the reverse, tensors that are not in the shard that the index says.
             The problems of a module are the module's own.
-        by_key: canonical name -> module, as ``spelling.canonical_name`` gives it.
         container: the kind of its shards.
         notes: what is worth knowing about its files, and no problem.
     """
@@ -49,9 +50,16 @@ class Checkpoint:
     tensors: dict[str, TensorSpec]
     modules: dict[str, Module]
     problems: tuple[str, ...]
-    by_key: dict[str, Module] = field(default_factory=dict, repr=False)
     container: Container = SAFETENSORS
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def by_key(self) -> dict[str, Module]:
+        """Canonical name -> module, as ``spelling.canonical_name`` gives it.
+
+        Made when it is asked for: sources mostly spell their modules alike.
+        """
+        return index_by_key(self.modules.values())
 
     def find(self, name: str) -> Module | None:
         """Return a module by its name or any other spelling of it, None when it is not here."""
@@ -79,7 +87,8 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
             f"{path}: not a directory, expected a checkpoint with config.json and safetensors "
             "files. Correct the source's path."
         )
-    config = _read_object(path / "config.json")
+    config_file = path / "config.json"
+    config = _parse_object(config_file, _read_json(config_file))
     container, notes = _choose_container(path)
     with collector_paused():
         shards = Shards(path, container)
@@ -87,10 +96,8 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
             tensors, problems = _open_indexed(path, shards)
         else:
             tensors, problems = _open_unindexed(path, shards), []
-        modules, by_key = _group_modules(path, tensors, config)
-    return Checkpoint(
-        name, path, config, tensors, modules, tuple(problems), by_key, container, notes
-    )
+        modules = _group_modules(path, tensors, config)
+    return Checkpoint(name, path, config, tensors, modules, tuple(problems), container, notes)
 
 
 def _choose_container(path: Path) -> tuple[Container, tuple[str, ...]]:
@@ -172,8 +179,8 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object."""
+def _read_json(file: Path) -> bytes:
+    """Read a JSON file, of a size that can be parsed."""
     try:
         descriptor, stamp = open_file(file)
         with open(descriptor, "rb") as stream:
@@ -182,12 +189,16 @@ def _read_object(file: Path) -> dict[str, Any]:
                     f"{file}: {stamp.size_bytes} bytes, expected at most {MAX_JSON_BYTES}. "
                     "Download the file again."
                 )
-            raw = stream.read(stamp.size_bytes)
+            return stream.read(stamp.size_bytes)
     except OSError as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error.strerror or error}), expected a JSON file. "
             "Download the checkpoint again, or correct the source's path."
         ) from error
+
+
+def _parse_object(file: Path, raw: bytes) -> dict[str, Any]:
+    """Parse a JSON file that holds an object."""
     try:
         content = parse_json(raw)
     except ValueError as error:
@@ -227,6 +238,9 @@ def _open_indexed(path: Path, shards: Shards) -> tuple[dict[str, TensorSpec], li
     tensors: dict[str, TensorSpec] = {}
     for shard, found in zip(present, shards.read(present), strict=True):
         named = expected[shard]
+        if len(found) == len(named) and all(map(found.__contains__, named)):
+            tensors.update(found)
+            continue
         absent = [name for name in named if name not in found]
         if absent:
             problems.append(
@@ -246,22 +260,27 @@ def _open_indexed(path: Path, shards: Shards) -> tuple[dict[str, TensorSpec], li
 
 def tensors_by_shard(index: Path, container: Container) -> dict[str, list[str]]:
     """Read an index: shard file name, sorted -> names of its tensors."""
-    weight_map = _read_object(index).get("weight_map")
+    raw = _read_json(index)
+    weight_map: Any = decode_weight_map(raw)
+    if weight_map is None:
+        weight_map = _parse_object(index, raw).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
             f"{index}: weight_map is {type(weight_map).__name__}, expected an object of tensor "
             "name to shard. Download the index again."
         )
     by_shard: dict[str, list[str]] = {}
+    names: list[str] = []
+    last = object()  # no name of a shard is equal to it
     for tensor, shard in weight_map.items():
-        names = by_shard.get(shard) if type(shard) is str else None
-        if names is None:
-            if type(shard) is not str or not _stays_inside(shard, container):
+        if shard != last:  # a shard's tensors mostly follow each other
+            if type(shard) is not str or not (shard in by_shard or _stays_inside(shard, container)):
                 raise CheckpointError(
                     f"{index}: tensor {tensor!r} is in {shard!r}, expected the name of a "
                     f"{container.kind} file in the same directory. Download the index again."
                 )
-            names = by_shard[shard] = []
+            last = shard
+            names = by_shard.setdefault(shard, [])
         names.append(tensor)
     return dict(sorted(by_shard.items()))
 
@@ -299,15 +318,18 @@ def _open_unindexed(path: Path, found_shards: Shards) -> dict[str, TensorSpec]:
 
 def _group_modules(
     path: Path, tensors: dict[str, TensorSpec], config: dict[str, Any]
-) -> tuple[dict[str, Module], dict[str, Module]]:
-    """Collect the tensors of each module and recognise its format; also index by any spelling."""
+) -> dict[str, Module]:
+    """Collect the tensors of each module and recognise its format."""
     groups: dict[str, dict[str, TensorSpec]] = {}
+    group: dict[str, TensorSpec] = {}
+    suffixes: dict[str, str] = {}  # so that equal ones are one object
+    last = None
     for tensor, spec in tensors.items():
         module, _, suffix = tensor.rpartition(".")
-        group = groups.get(module)
-        if group is None:
-            group = groups[module] = {}
-        group[suffix] = spec
+        if module != last:  # a module's tensors mostly lie together
+            last = module
+            group = groups.setdefault(module, {})
+        group[suffixes.setdefault(suffix, suffix)] = spec
     try:
         quantization = QuantizationConfig.parse(_quantization_config(config))
         return mark_clashes(read_modules(groups, quantization, config))

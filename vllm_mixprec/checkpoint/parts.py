@@ -13,10 +13,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig, Scheme, recognise
-from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, WEIGHTS
+from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, WEIGHTS, Looks
 from vllm_mixprec.checkpoint.formats.fp8 import SCALE_SUFFIXES
 from vllm_mixprec.checkpoint.header import TensorSpec, View
 from vllm_mixprec.errors import CheckpointError
@@ -24,11 +25,9 @@ from vllm_mixprec.errors import CheckpointError
 Groups = Mapping[str, dict[str, TensorSpec]]
 """Module -> suffix -> spec, as the files name them."""
 
-# Of a module's tensors suffix, dtype and shape: all that tells how it is stored.
-_Looks = tuple[tuple[str, str, tuple[int, ...]], ...]
-
 # A fused linear -> its parts along N.
 _LINEARS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_LINEAR_LEAVES = tuple(_LINEARS)
 
 # A tensor of all experts -> the projections that lie in it along N.
 _STACKS = {
@@ -54,6 +53,7 @@ _BARE_SUFFIXES = {
 _INTERLEAVED_TYPES = frozenset({"gpt_oss"})
 
 _TOWER = re.compile(r"(?:^|\.)(?:visual|vision|audio)")
+_kind_of = attrgetter("dtype", "shape")
 _SHARED = ACTIVATION_SCALES | {"g_idx", "weight_g_idx"}
 _BY_COLUMN = frozenset({"qweight", "qzeros", "scales"})
 _OF_WORDS = frozenset({"qzeros", "weight_zero_point"})
@@ -118,19 +118,24 @@ def read_modules(
     for stack in _gather_stacks(groups, text):
         by_group |= dict.fromkeys(stack.groups, stack)
     seen: set[str] = set()
-    sound: dict[_Looks, Module] = {}
+    sound: dict[Looks, Module] = {}
     for name, tensors in groups.items():
-        found = by_group.get(name)
+        found = by_group.get(name) if by_group else None
         if found is None:
-            looks = tuple([(s, spec.dtype, spec.shape) for s, spec in tensors.items()])
+            looks: Looks = (*tensors, *map(_kind_of, tensors.values()))
             twin = sound.get(looks)
-            if twin is not None:
+            if twin is not None and twin.looks is not None:
                 module = Module(name, tensors, twin.scheme, twin.shape, ())
+                module.set_looks(twin.looks)
             else:
                 module = recognise(name, tensors, quantization)
                 if quantization.is_uniform and not module.problems:
+                    module.set_looks(looks)
                     sound[looks] = module
-            yield from _split_linear(module, text) or (module,)
+            if name.endswith(_LINEAR_LEAVES) and (parts := _split_linear(module, text)):
+                yield from parts
+            else:
+                yield module
         elif found.name not in seen:
             seen.add(found.name)
             yield from _split_stack(found, quantization, text)

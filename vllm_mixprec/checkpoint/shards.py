@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_mixprec.checkpoint.files import stamp_of
-from vllm_mixprec.checkpoint.header import RawHeader, TensorSpec, parse_header, read_raw
+from vllm_mixprec.checkpoint.header import Kinds, RawHeader, TensorSpec, parse_header, read_raw
 from vllm_mixprec.checkpoint.torch_file import read_torch_header
 from vllm_mixprec.errors import CheckpointError
 
@@ -95,8 +95,9 @@ class Shards:
         if self.container is TORCH:
             yield from (read_torch_header(self._path / shard) for shard in shards)
             return
+        known: Kinds = {}
         for shard, header in zip(shards, self.headers(shards), strict=True):
-            yield parse_header(self._path / shard, header)
+            yield parse_header(self._path / shard, header, known)
 
     def _header(self, shard: str) -> RawHeader:
         return self._kept.get(shard) or read_raw(self._path / shard)

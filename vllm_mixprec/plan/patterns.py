@@ -2,13 +2,16 @@
 """The patterns of a plan's rules, compiled to regular expressions over module names."""
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.expressions import Expression, compile_expression
 
 _TOKEN = re.compile(r"\*+|\{[^{}]*\}|[\w.\-/:]+|.", re.DOTALL)
+_BRACES = re.compile(r"\{[^{}]*\}")
 _RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 _BELOW = r"(?:\..+)?"
 _SHOWN = 200
@@ -16,10 +19,16 @@ _SHOWN = 200
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A compiled ``match``: call it with a module's name. It can be pickled."""
+    """A compiled ``match``: call it with a module's name. It can be pickled.
+
+    Attributes:
+        components: so many components at the beginning of a name decide whether it matches; None
+            where it takes the whole name.
+    """
 
     expression: Expression
     may_name_weight: bool
+    components: int | None = None
 
     def __call__(self, name: str) -> bool:
         """Whether the pattern matches a module, or for ``re:`` the module's weight.
@@ -31,6 +40,15 @@ class Pattern:
             self.may_name_weight and self.match(f"{name}.weight") is not None
         )
 
+    def depth(self, longest: int) -> int:
+        """Return how many components decide of names of at most ``longest`` characters.
+
+        More than any name has where it takes the whole name, or where a name may be too long.
+        """
+        if self.components is None or self.expression.longest < longest:
+            return sys.maxsize
+        return self.components
+
     def match(self, name: str) -> re.Match[str] | None:
         """Match a whole name.
 
@@ -41,6 +59,35 @@ class Pattern:
             return self.expression.fullmatch(name)
         except ValueError as error:
             raise PlanError(str(error)) from error
+
+
+class Siblings(NamedTuple):
+    """Names that follow each other and lie below one parent.
+
+    ``depth`` counts the parent's components: a pattern of no more matches all of the names or none,
+    as it does the parent. It is 0 where the parent tells nothing of a name.
+    """
+
+    parent: str
+    depth: int
+    names: list[str]
+
+
+def gather_siblings(names: Iterable[str]) -> list[Siblings]:
+    """Put names together that follow each other below one parent, such as an expert's."""
+    gathered: list[Siblings] = []
+    last: str | None = None
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if not leaf or "\n" in name or ".." in name:  # of which not every pattern's end has it
+            gathered.append(Siblings(parent, 0, [name]))
+            last = None
+        elif parent == last:
+            gathered[-1].names.append(name)
+        else:
+            gathered.append(Siblings(parent, parent.count(".") + 1 if parent else 0, [name]))
+            last = parent
+    return gathered
 
 
 def compile_pattern(match: str) -> Pattern:
@@ -63,7 +110,8 @@ def compile_pattern(match: str) -> Pattern:
         raise PlanError(
             f'match is "{match}", expected a module name or a pattern. Write "**" to match all.'
         )
-    return _compile(_translate(pattern, match) + _BELOW, match, may_name_weight=False)
+    components = _count_components(pattern)
+    return _compile(_translate(pattern, match) + _BELOW, match, False, components)
 
 
 def numbered_braces(match: str) -> Iterator[tuple[str, int, Pattern]]:
@@ -83,12 +131,22 @@ def numbered_braces(match: str) -> Iterator[tuple[str, int, Pattern]]:
         if numbers:
             before, after = ("".join(part) for part in (tokens[:index], tokens[index + 1 :]))
             opened = f"{_translate(before, match)}(?<![0-9])([0-9]+){_translate(after, match)}"
-            yield token, max(map(int, numbers)), _compile(opened + _BELOW, match, False)
+            components = _count_components("".join(tokens))
+            pattern = _compile(opened + _BELOW, match, False, components)
+            yield token, max(map(int, numbers)), pattern
 
 
-def _compile(expression: str, match: str, may_name_weight: bool) -> Pattern:
+def _count_components(pattern: str) -> int | None:
+    """Return how many dotted components a pattern spells; None where that depends on the name."""
+    has_no_depth = "**" in pattern or any("." in part for part in _BRACES.findall(pattern))
+    return None if has_no_depth else pattern.count(".") + 1
+
+
+def _compile(
+    expression: str, match: str, may_name_weight: bool, components: int | None = None
+) -> Pattern:
     try:
-        return Pattern(compile_expression(expression), may_name_weight)
+        return Pattern(compile_expression(expression), may_name_weight, components)
     except ValueError as error:
         shown = match if len(match) <= _SHOWN else f"{match[: _SHOWN - 3]}..."
         shown = shown.encode("utf-8", "backslashreplace").decode()

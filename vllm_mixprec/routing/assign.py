@@ -6,14 +6,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import repeat
+from operator import or_
+from typing import NamedTuple
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Module
-from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES
+from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, Looks
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.index import Checkpoint
-from vllm_mixprec.plan.patterns import numbered_braces
+from vllm_mixprec.plan.patterns import Siblings, gather_siblings, numbered_braces
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.findings import FindingLog, Level, generalise, rule_place
 from vllm_mixprec.routing.fused import parse_expert
@@ -27,42 +29,48 @@ _NEAREST_CUTOFF = 0.6
 _UNREAD = re.compile(r"\bnot read\b")
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """One module of the base with the module that stands in for it, tensors already chosen.
 
-    ``fused`` is what the base's files call the module that it is a part of, if any.
+    ``fused`` is what the base's files call the module that it is a part of, if any; ``looks`` is
+    the module's while it keeps all its tensors.
     """
 
     source: str
     module: Module
     tensors: Mapping[str, TensorSpec]
     fused: str | None = None
+    looks: Looks | None = None
 
 
-def match_rules(plan: Plan, modules: Iterable[Module]) -> Iterator[int]:
-    """Yield for each module the rules that match, a bit mask with the first rule lowest.
+def match_rules(plan: Plan, siblings: list[Siblings]) -> Iterator[int]:
+    """Yield for each name the rules that match, a bit mask with the first rule lowest.
 
-    A rule that matches a fused module, by the name that the files have for it, matches its parts.
-    Every pattern was compiled once, so that a plan over 100,000 modules resolves in a second.
+    Every pattern was compiled once, and is tried once on all names below a parent where that is
+    deep enough to decide: an expert's, or an attention's.
     """
-    matchers = [(1 << index, rule.matches) for index, rule in enumerate(plan.rules)]
-
-    def mask_of(name: str) -> int:
+    longest = _longest_name(siblings)
+    rules = [
+        (1 << index, rule.matches, rule.matches.depth(longest))
+        for index, rule in enumerate(plan.rules)
+    ]
+    for some in siblings:
         mask = 0
-        for bit, matches in matchers:
-            if matches(name):
+        undecided = []
+        for bit, matches, depth in rules:
+            if depth > some.depth:
+                undecided.append((bit, matches))
+            elif matches(some.parent):
                 mask |= bit
-        return mask
+        if not undecided:
+            yield from repeat(mask, len(some.names))
+            continue
+        for name in some.names:
+            yield mask | sum(bit for bit, matches in undecided if matches(name))
 
-    fused: dict[str, int] = {}
-    for module in modules:
-        mask = mask_of(module.name)
-        if module.fused is not None:
-            if module.fused not in fused:
-                fused[module.fused] = mask_of(module.fused)
-            mask |= fused[module.fused]
-        yield mask
+
+def _longest_name(siblings: Iterable[Siblings]) -> int:
+    return max((len(name) for some in siblings for name in some.names), default=0)
 
 
 def first_rule(mask: int) -> int | None:
@@ -90,23 +98,33 @@ def assign_sources(
     is left out. ``is_loaded`` tells of a module, without and with a draft, whether it matters: a
     quantised source often lacks the MTP layers.
     """
-    base = checkpoints[plan.base]
+    base_name = plan.base
+    base = checkpoints[base_name]
     for opened in checkpoints.values():
         _report_index(opened, log)
-    matched, won = 0, 0
+    siblings = gather_siblings(base.modules)
+    # A rule that matches a fused module, by the name that the files have for it, matches its parts.
+    fused = dict.fromkeys(m.fused for m in base.modules.values() if m.fused is not None)
+    fused_masks = dict(zip(fused, match_rules(plan, gather_siblings(fused)), strict=True))
     assignments: dict[str, Assignment] = {}
-    masks = match_rules(plan, base.modules.values())
+    fitting: set[tuple[int, int]] = set()
+    winners: dict[int, tuple[int | None, str]] = {}  # rules that match -> the one that counts
+    masks = match_rules(plan, siblings)
     for (name, module), mask in zip(base.modules.items(), masks, strict=True):
-        matched |= mask
-        won |= mask & -mask
-        rule = first_rule(mask)
-        source = plan.base if rule is None else plan.rules[rule].source
+        if module.fused is not None:
+            mask |= fused_masks[module.fused]
+        winner = winners.get(mask)
+        if winner is None:
+            first = first_rule(mask)
+            source = base_name if first is None else plan.rules[first].source
+            winner = winners[mask] = first, source
+        rule, source = winner
         chosen = module
-        if source != plan.base:
+        if source != base_name:
             checkpoint = checkpoints.get(source)
             if checkpoint is None:
                 continue
-            found = checkpoint.find(name)
+            found = checkpoint.modules.get(name) or checkpoint.find(name)
             if found is None:
                 spoken = _spoken_name(module)
                 if is_loaded(name, False):
@@ -116,12 +134,25 @@ def assign_sources(
                     _report_absent(plan, rule, checkpoint, spoken, level, log)
                 continue
             chosen = found
+        # Of modules that look like others that fitted nothing need be found out again.
+        pair = id(module.looks), id(chosen.looks)
+        if pair in fitting:
+            assignments[name] = Assignment(
+                source, chosen, chosen.tensors, module.fused, chosen.looks
+            )
+            continue
         if (chosen.problems or chosen.shape != module.shape) and is_loaded(name, draft):
             _report_misfits(plan, source, module, chosen, log)
         tensors = _choose_tensors(plan, source, module, chosen, log)
         tensors = _drop_activation_scales(source, chosen, tensors, log)
-        assignments[name] = Assignment(source, chosen, tensors, module.fused)
-    _report_rules(plan, base, matched, won, log)
+        looks = chosen.looks if tensors is chosen.tensors else None
+        if looks is not None and module.looks is not None and chosen.shape == module.shape:
+            fitting.add(pair)
+        assignments[name] = Assignment(source, chosen, tensors, module.fused, looks)
+    siblings += gather_siblings(name for name in fused if name not in base.modules)
+    matched = reduce(or_, winners, 0)
+    won = reduce(or_, (mask & -mask for mask in winners), 0)
+    _report_rules(plan, siblings, matched, won, log)
     return assignments
 
 
@@ -255,14 +286,20 @@ def _suffixes_beside_weight(stored_format: str, suffixes: tuple[str, ...]) -> fr
     return frozenset(suffixes).difference(storage - {"bias"})
 
 
-def _report_rules(plan: Plan, base: Checkpoint, matched: int, won: int, log: FindingLog) -> None:
+def _report_rules(
+    plan: Plan, siblings: list[Siblings], matched: int, won: int, log: FindingLog
+) -> None:
+    """Report rules without effect.
+
+    ``siblings`` are the names of the base's modules, and those of fused ones in the files.
+    """
     examples: dict[str, tuple[str, str]] = {}
-    fused = (module.fused for module in base.modules.values())
-    names = dict.fromkeys([*base.modules, *(name for name in fused if name is not None)])
+    longest = _longest_name(siblings)
     unmatched = 0
     for index, rule in enumerate(plan.rules):
         bit = 1 << index
         if not matched & bit:
+            names = (name for some in siblings for name in some.names)
             examples = examples or _example_names(names)
             unmatched += 1
             suggestion = (
@@ -285,17 +322,23 @@ def _report_rules(plan: Plan, base: Checkpoint, matched: int, won: int, log: Fin
                 noun="rules",
             )
         else:
-            _report_reach(plan, index, names, log)
+            _report_reach(plan, index, siblings, longest, log)
 
 
-def _report_reach(plan: Plan, index: int, modules: Iterable[str], log: FindingLog) -> None:
+def _report_reach(
+    plan: Plan, index: int, siblings: list[Siblings], longest: int, log: FindingLog
+) -> None:
     """Warn of a rule whose braces count further than the layers or experts that there are."""
     for brace, largest, opened in numbered_braces(plan.rules[index].match):
+        depth = opened.depth(longest)
         last, example = -1, ""
-        for name in modules:
-            found = opened.match(name)
-            if found is not None and int(found[1]) > last:
-                last, example = int(found[1]), name[: found.end(1)]
+        for some in siblings:
+            for name in [some.parent] if depth <= some.depth else some.names:
+                found = opened.match(name)
+                if found is not None and int(found[1]) > last:
+                    last, example = int(found[1]), name[: found.end(1)]
+            if last >= largest and longest <= opened.expression.longest:
+                break  # nor is there a name that is too long
         if 0 <= last < largest:
             log.add(
                 "warning",

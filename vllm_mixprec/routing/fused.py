@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -54,8 +53,7 @@ class ExpertName(NamedTuple):
     projection: str
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """Modules that one kernel call serves: a fused layer, one expert, or a single linear.
 
     ``name`` is a module name, with ``{a,b}`` for a fused layer's parts; ``modules`` come in
@@ -85,37 +83,64 @@ def unquantized_reason(module: str) -> str | None:
 def parse_expert(module: str) -> ExpertName | None:
     """Take the name of a routed expert's projection apart; None for any other module."""
     parent, _, projection = module.rpartition(".")
-    if projection not in _PROJECTION_ORDER:
-        return None
+    found = parse_expert_parent(parent) if projection in _PROJECTION_ORDER else None
+    return None if found is None else ExpertName(*found, projection)
+
+
+def parse_expert_parent(parent: str) -> tuple[str, int] | None:
+    """Return the layer and the number of an expert, of which ``parent`` is the name without its
+    projections; None for any other name."""
     layer, _, expert = parent.rpartition(".")
     if not layer.endswith(".experts") or not (expert.isascii() and expert.isdigit()):
         return None
-    return ExpertName(layer, int(expert), projection)
+    return layer, int(expert)
+
+
+def parse_experts(modules: Iterable[str]) -> Iterator[tuple[str, int, str] | None]:
+    """Yield what ``parse_expert`` says of each; faster for many, of which none is remembered."""
+    last, found = None, None
+    for module in modules:
+        parent, _, projection = module.rpartition(".")
+        if parent != last:  # an expert's projections mostly follow each other
+            last, found = parent, parse_expert_parent(parent)
+        if found is not None and projection in _PROJECTION_ORDER:
+            yield (*found, projection)
+        else:
+            yield None
 
 
 def group_units(modules: Iterable[str]) -> tuple[Unit, ...]:
     """Gather modules into the units that vLLM runs as one, in the order of their first module."""
-    members: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    members: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}  # leaf -> module
+    last, is_expert = None, False
+    expert: dict[str, str] | None = None
     for module in modules:
-        expert = parse_expert(module)
-        if expert is not None:
-            key = (f"{expert.layer}.{expert.expert}", EXPERT_PROJECTIONS)
-        else:
-            parent, _, leaf = module.rpartition(".")
-            parts = _FUSED_BY_PART.get(leaf)
-            key = (module, ()) if parts is None else (parent, parts)
-        members.setdefault(key, []).append(module)
+        parent, _, leaf = module.rpartition(".")
+        if parent != last:  # an expert's projections mostly follow each other
+            last, is_expert, expert = parent, parse_expert_parent(parent) is not None, None
+        if is_expert and leaf in _PROJECTION_ORDER:
+            if expert is None:
+                expert = members.setdefault((parent, EXPERT_PROJECTIONS), {})
+            expert[leaf] = module
+            continue
+        parts = _FUSED_BY_PART.get(leaf)
+        key = (module, ()) if parts is None else (parent, parts)
+        members.setdefault(key, {})[leaf] = module
     return tuple(_make_unit(parent, parts, found) for (parent, parts), found in members.items())
 
 
-def _make_unit(parent: str, parts: tuple[str, ...], found: list[str]) -> Unit:
+def _make_unit(parent: str, parts: tuple[str, ...], found: dict[str, str]) -> Unit:
     if parts is EXPERT_PROJECTIONS:
-        ordered = sorted(found, key=lambda module: _PROJECTION_ORDER[leaf_name(module)])
-        return Unit(parent, "experts", tuple(ordered))
+        return Unit(parent, "experts", tuple(map(found.__getitem__, _order_projections(*found))))
     if len(found) == 1:
-        return Unit(found[0], "linear", tuple(found))
-    present = {leaf_name(module): module for module in found}
-    leaves = [part for part in parts if part in present]
+        (module,) = found.values()
+        return Unit(module, "linear", (module,))
+    leaves = [part for part in parts if part in found]
     prefix = f"{parent}." if parent else ""
     name = f"{prefix}{{{','.join(leaves)}}}"
-    return Unit(name, "linear", tuple(present[leaf] for leaf in leaves))
+    return Unit(name, "linear", tuple(found[leaf] for leaf in leaves))
+
+
+@lru_cache
+def _order_projections(*projections: str) -> tuple[str, ...]:
+    return tuple(sorted(projections, key=_PROJECTION_ORDER.__getitem__))

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from vllm_mixprec.checkpoint.formats import Module
-from vllm_mixprec.routing.fused import parse_expert
+from vllm_mixprec.routing.fused import parse_experts
 from vllm_mixprec.routing.structure import layer_index, layer_name
 
 
@@ -34,23 +34,40 @@ class Layer:
         return below | ({self.experts_name[len(self.name) + 1 :].partition(".")[0]} - {""})
 
 
-def gather_layers(modules: Iterable[Module]) -> dict[int, Layer]:
+def gather_layers(modules: Collection[Module]) -> dict[int, Layer]:
     """Collect the modules of each layer of the language model."""
     layers: dict[int, Layer] = {}
-    for module in modules:
-        index = layer_index(module.name)
-        if index is None:
-            continue
-        layer = layers.get(index)
-        if layer is None:
-            name = layer_name(module.name)
-            assert name is not None, f"{module.name} is in layer {index}"
-            layer = layers[index] = Layer(name)
-        expert = parse_expert(module.name)
+    experts = parse_experts(module.name for module in modules)
+    layer, last = None, None
+    for module, expert in zip(modules, experts, strict=True):
         if expert is None:
-            layer.modules[module.name[len(layer.name) + 1 :]] = module
-        else:
-            layer.experts.setdefault(expert.projection, set()).add(expert.expert)
-            layer.expert_shapes.setdefault((expert.projection, module.shape), module)
-            layer.experts_name = expert.layer
+            layer = _layer_of(module.name, layers)
+            if layer is not None:
+                layer.modules[module.name[len(layer.name) + 1 :]] = module
+            last = None
+            continue
+        experts_name, number, projection = expert
+        if experts_name != last:
+            last, layer = experts_name, _layer_of(module.name, layers)
+        if layer is None:
+            continue
+        ids = layer.experts.get(projection)
+        if ids is None:
+            ids = layer.experts[projection] = set()
+        ids.add(number)
+        if (projection, module.shape) not in layer.expert_shapes:
+            layer.expert_shapes[projection, module.shape] = module
+        layer.experts_name = experts_name
     return layers
+
+
+def _layer_of(module: str, layers: dict[int, Layer]) -> Layer | None:
+    index = layer_index(module)
+    if index is None:
+        return None
+    layer = layers.get(index)
+    if layer is None:
+        name = layer_name(module)
+        assert name is not None, f"{module} is in layer {index}"
+        layer = layers[index] = Layer(name)
+    return layer

@@ -65,8 +65,9 @@ def compare_norms(
     """
     dims = ModelDims.from_config(table.base_config)
     seen: set[tuple[str, str]] = set()
-    for module, route in table.routes.items():
-        norm = feeding_norm(module)
+    for alike in table.alike:
+        route = alike.example
+        module, norm = route.module, feeding_norm(route.module)
         served = table.routes.get(norm) if norm is not None else None
         if norm is None or served is None or served.source == route.source:
             continue

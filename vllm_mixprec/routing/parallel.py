@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
 from vllm_mixprec.errors import RouteError
-from vllm_mixprec.routing.fused import leaf_name, parse_expert
+from vllm_mixprec.routing.alike import Alike
+from vllm_mixprec.routing.fused import leaf_name
 from vllm_mixprec.routing.route import Layout, Route
 from vllm_mixprec.routing.structure import (
     ModelDims,
@@ -197,24 +198,24 @@ class Placement:
             return (0, last) if is_on_last and last else (0,)
         return (last,) if leaf in _FINAL_NORMS else (0,)
 
-    def bytes_per_rank(self, routes: Mapping[str, Route]) -> tuple[int, ...]:
+    def bytes_per_rank(self, gathered: Collection[Alike]) -> tuple[int, ...]:
         """Return what the weights take in each rank's memory, as they are served."""
         tp_size, pp_size = self.layout.tensor_parallel_size, self.layout.pipeline_parallel_size
         expert_ranks = self.layout.expert_ranks
-        parsed = {module: parse_expert(module) for module in routes}
-        num_experts = max((name.expert + 1 for name in parsed.values() if name), default=0)
+        num_experts = max((max(alike.experts, default=-1) + 1 for alike in gathered), default=0)
         rank_of_expert = _rank_of_expert(split_experts(num_experts, expert_ranks))
-        shards: dict[tuple[str, tuple[int, ...], bool], Shard] = {}
         held: Counter[tuple[tuple[int, ...], int | None]] = Counter()  # stages, rank or all
-        for module, route in routes.items():
-            expert = parsed[module]
-            key = (leaf_name(module), route.shape, expert is not None)
-            if key not in shards:
-                shards[key] = shard_weight(*key, self.layout, self.dims)
-            owner = None
-            if expert is not None and self.layout.expert_parallel:
-                owner = rank_of_expert[expert.expert]
-            held[self.stages(module), owner] += _bytes_on_rank(route, shards[key])
+        for alike in gathered:
+            route, is_expert = alike.example, alike.layer is not None
+            stages = self.stages(route.module)
+            leaf = leaf_name(route.module)
+            shard = shard_weight(leaf, route.shape, is_expert, self.layout, self.dims)
+            size_bytes = _bytes_on_rank(route, shard)
+            if is_expert and self.layout.expert_parallel:
+                for expert in alike.experts:
+                    held[stages, rank_of_expert[expert]] += size_bytes
+            else:
+                held[stages, None] += alike.num_routes * size_bytes
         totals = [0] * (expert_ranks * pp_size)
         for (stages, owner), size_bytes in held.items():
             for stage, rank in product(stages, range(expert_ranks) if owner is None else (owner,)):

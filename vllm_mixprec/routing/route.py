@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_mixprec.checkpoint.formats import FORMATS, PLAIN_DTYPES, Scheme
+from vllm_mixprec.checkpoint.formats.base import Looks
 from vllm_mixprec.checkpoint.header import TensorSpec
 
 
@@ -38,8 +40,7 @@ class Layout:
         return self.tensor_parallel_size * self.data_parallel_size
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """One module of the model.
 
     Attributes:
@@ -51,6 +52,7 @@ class Route:
         reason: why it is widened; None when it is not.
         tensors: suffix -> spec in the source's files; a spec's name is the source's own.
         shape: logical shape of the weight, (N, K) for a linear.
+        looks: the source's module's, while all its tensors are here; as ``Module`` has it.
     """
 
     module: str
@@ -60,6 +62,7 @@ class Route:
     reason: str | None
     tensors: Mapping[str, TensorSpec]
     shape: tuple[int, ...]
+    looks: Looks | None = None
 
     @property
     def widened(self) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from vllm_mixprec.checkpoint.index import (
 )
 from vllm_mixprec.errors import RouteError
 from vllm_mixprec.plan.plan import Plan
+from vllm_mixprec.routing.alike import Alike, gather_alike
 from vllm_mixprec.routing.assign import assign_sources, used_sources
 from vllm_mixprec.routing.findings import Finding, FindingLog, format_bytes
-from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.kernels import Platform, detect_platform
 from vllm_mixprec.routing.parallel import Placement
 from vllm_mixprec.routing.route import ExpertGroup, Layout, Route
@@ -78,7 +79,12 @@ class RouteTable:
     _groups: Mapping[str, tuple[ExpertGroup, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_groups", _group_experts(self.routes))
+        object.__setattr__(self, "_groups", _group_experts(self.alike))
+
+    @cached_property
+    def alike(self) -> tuple[Alike, ...]:
+        """The routes, those together that differ in nothing but the expert's number."""
+        return gather_alike(self.routes)
 
     @property
     def expert_layers(self) -> tuple[str, ...]:
@@ -116,18 +122,21 @@ class RouteTable:
         """Return (source, stored format) -> bytes in the files of the tensors that are loaded."""
         dims = ModelDims.from_config(self.base_config)
         totals: Counter[tuple[str, str]] = Counter()
-        for module, route in self.routes.items():
-            if not dims.is_loaded(module, self.layout.draft):
-                continue
-            totals[route.source, route.stored.format] += route.stored_bytes
+        for alike in self.alike:
+            route = alike.example
+            if dims.is_loaded(route.module, self.layout.draft):
+                totals[route.source, route.stored.format] += alike.num_routes * route.stored_bytes
         return dict(totals)
 
     def shards_by_source(self) -> dict[str, tuple[Path, ...]]:
         """Return source -> the files, sorted, that routes take tensors from."""
         used: dict[str, set[Path]] = {}
+        last = None
         for route in self.routes.values():
-            files = used.setdefault(route.source, set())
-            files.update([spec.file for spec in route.tensors.values()])
+            for spec in route.tensors.values():
+                if spec.file is not last:  # a path's hash takes longer, and few files follow
+                    last = spec.file
+                    used.setdefault(route.source, set()).add(last)
         return {source: tuple(sorted(files)) for source, files in used.items()}
 
     def bytes_per_rank(self) -> tuple[int, ...]:
@@ -137,31 +146,34 @@ class RouteTable:
             RouteError: the layers cannot be split over that many pipeline stages.
         """
         placement = Placement(self.layout, ModelDims.from_config(self.base_config))
-        return placement.bytes_per_rank(self.routes)
+        return placement.bytes_per_rank(self.alike)
 
 
-def _group_experts(routes: Mapping[str, Route]) -> dict[str, tuple[ExpertGroup, ...]]:
-    layers: dict[str, dict[int, list[tuple[Scheme, tuple[int, ...]]]]] = {}
-    for module, route in routes.items():
-        name = parse_expert(module)
-        if name is not None:
-            expert = layers.setdefault(name.layer, {}).setdefault(name.expert, [])
-            expert.append((route.served, route.shape))
+def _group_experts(gathered: Iterable[Alike]) -> dict[str, tuple[ExpertGroup, ...]]:
+    layers: dict[str, dict[int, list[Route]]] = {}
+    for alike in gathered:
+        if alike.layer is not None:
+            experts = layers.setdefault(alike.layer, {})
+            for expert in alike.experts:
+                experts.setdefault(expert, []).append(alike.example)
     return {layer: _group_layer(layer, experts) for layer, experts in layers.items()}
 
 
-def _group_layer(
-    layer: str, experts: Mapping[int, list[tuple[Scheme, tuple[int, ...]]]]
-) -> tuple[ExpertGroup, ...]:
+def _group_layer(layer: str, experts: Mapping[int, list[Route]]) -> tuple[ExpertGroup, ...]:
+    """Put a layer's experts together that are served alike; one route may stand for several's."""
+    schemes: dict[tuple[int, ...], Scheme] = {}
     members: dict[Scheme, list[int]] = {}
-    for expert, weights in sorted(experts.items()):
-        scheme = shared_scheme(weights)
-        if scheme is None:
-            raise RouteError(
-                f"{layer}.{expert}: its projections are served in several schemes; expected one "
-                "an expert. Resolve the plan again instead of editing routes."
-            )
-        members.setdefault(scheme, []).append(expert)
+    for expert, routes in sorted(experts.items()):
+        key = tuple(map(id, routes))
+        if key not in schemes:
+            scheme = shared_scheme([(route.served, route.shape) for route in routes])
+            if scheme is None:
+                raise RouteError(
+                    f"{layer}.{expert}: its projections are served in several schemes; expected "
+                    "one an expert. Resolve the plan again instead of editing routes."
+                )
+            schemes[key] = scheme
+        members.setdefault(schemes[key], []).append(expert)
     ordered = sorted(members.items(), key=lambda item: not item[0].is_quantized)
     return tuple(ExpertGroup(scheme, tuple(ids)) for scheme, ids in ordered)
 

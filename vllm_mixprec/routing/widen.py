@@ -24,6 +24,9 @@ PER_CHANNEL = -1  # group_size of experts whose projections have one group each,
 _STACKED_EXPERT_PARTS = frozenset({"gate_proj", "up_proj", "w1", "w3"})
 
 
+_NO_ROUTE = Route("", "", Scheme("bf16", 16), Scheme("bf16", 16), None, {}, ())
+
+
 class _Part(NamedTuple):
     """What a decision about one module of a unit depends on, and nothing else.
 
@@ -79,32 +82,54 @@ class Widener:
         self._platform = platform
         self._log = log
         self._decisions: dict[tuple[Kind, tuple[_Part, ...]], _Decision] = {}
+        self._experts: dict[tuple[tuple[str, int], ...], tuple[_Decision, bool]] = {}
 
     def route(self, assignments: Mapping[str, Assignment]) -> dict[str, Route]:
         """Return a route for every assignment, in the same order."""
-        routes: dict[str, Route] = {}
+        routes: dict[str, Route] = dict.fromkeys(assignments, _NO_ROUTE)  # for their order
         for unit in group_units(assignments):
-            parts = tuple(self._part(module, assignments[module]) for module in unit.modules)
-            key = (unit.kind, parts)
-            decision = self._decisions.get(key)
-            if decision is None:
-                decision = self._decisions[key] = self._decide(*key)
+            assigned = [assignments[module] for module in unit.modules]
+            decision, is_cast = self._decide_once(unit, assigned)
             widening = decision.widening
-            made = [
-                _make_route(module, assignments[module], served, widening)
-                for module, served in zip(unit.modules, decision.served, strict=True)
-            ]
-            routes.update((route.module, route) for route in made)
+            for module, part, served in zip(unit.modules, assigned, decision.served, strict=True):
+                routes[module] = _make_route(module, part, served, widening)
+            if widening is None and decision.uncut is None and not is_cast:
+                continue
             if not any(self._dims.is_loaded(name, self._layout.draft) for name in unit.modules):
                 continue
+            made = [routes[module] for module in unit.modules]
             if widening is not None:
-                fused = {assignments[module].fused for module in unit.modules}
+                fused = {assignment.fused for assignment in assigned}
                 where = next(iter(fused)) if len(fused) == 1 else None
                 self._report(where or unit.name, widening, made)
             if decision.uncut is not None:
                 self._report_uncut(unit, decision.uncut)
             self._report_casts(made)
-        return {module: routes[module] for module in assignments}
+        return routes
+
+    def _decide_once(self, unit: Unit, assigned: list[Assignment]) -> tuple[_Decision, bool]:
+        """Decide on a unit as on others like it; also whether any part is cast to another dtype.
+
+        What looks alike is known by its looks, which each are one object among a source's modules.
+        """
+        looks: tuple[tuple[str, int], ...] = ()
+        if unit.kind == "experts" and all(part.looks is not None for part in assigned):
+            leaves = map(leaf_name, unit.modules)
+            looks = tuple(zip(leaves, [id(part.looks) for part in assigned], strict=True))
+        if looks in self._experts:
+            return self._experts[looks]
+        parts = tuple(map(self._part, unit.modules, assigned))
+        key = (unit.kind, parts)
+        decision = self._decisions.get(key)
+        if decision is None:
+            decision = self._decisions[key] = self._decide(*key)
+        is_cast = any(
+            served != part.module.scheme and not part.module.scheme.is_quantized
+            for served, part in zip(decision.served, assigned, strict=True)
+        )
+        if looks:
+            self._experts[looks] = decision, is_cast
+        return decision, is_cast
 
     def _part(self, module: str, assignment: Assignment) -> _Part:
         stored = assignment.module.scheme
@@ -233,17 +258,11 @@ def _shared_layouts(parts: tuple[_Part, ...]) -> Iterator[tuple[_Part, ...]]:
 def _make_route(
     module: str, assignment: Assignment, served: Scheme, widening: _Widening | None
 ) -> Route:
-    stored = assignment.module.scheme
-    widened = widening is not None and stored.is_quantized
-    return Route(
-        module=module,
-        source=assignment.source,
-        stored=stored,
-        served=served,
-        reason=widening.reason if widening is not None and widened else None,
-        tensors=assignment.tensors,
-        shape=assignment.module.shape,
-    )
+    source, chosen, tensors, _, looks = assignment
+    stored, reason = chosen.scheme, None
+    if widening is not None and stored.is_quantized:
+        reason = widening.reason
+    return Route(module, source, stored, served, reason, tensors, chosen.shape, looks)
 
 
 def shared_scheme(weights: Sequence[tuple[Scheme, tuple[int, ...]]]) -> Scheme | None:

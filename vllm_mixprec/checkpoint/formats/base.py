@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_mixprec.checkpoint.header import TensorSpec
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, TensorSpec]
 """The tensors of one module: suffix ("weight", "qweight", ...) -> spec."""
+
+Looks = tuple[str | tuple[str, tuple[int, ...]], ...]
+"""Of a module's tensors first every suffix, then every dtype with its shape."""
 
 PLAIN_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 """Unquantised format -> safetensors dtype."""
@@ -127,6 +130,10 @@ class Module:
             begins with the tensor's name. Empty for a sound module.
         fused: what the files call the module that this one is a part of, such as
             "model.layers.0.self_attn.qkv_proj"; None for a module that is stored by itself.
+        looks: the suffixes, dtypes and shapes of the tensors, one object for all modules of a
+            checkpoint that have the same, and no other module's. What is found out of one of those
+            holds of all. None where the tensors alone do not decide how a module is stored, and
+            once ``replace`` has made another module of it.
     """
 
     name: str
@@ -135,6 +142,11 @@ class Module:
     shape: tuple[int, ...]
     problems: tuple[str, ...]
     fused: str | None = None
+    looks: Looks | None = field(default=None, init=False, repr=False, compare=False)
+
+    def set_looks(self, looks: Looks) -> None:
+        """Say which modules of the checkpoint this one is alike; for who makes it."""
+        object.__setattr__(self, "looks", looks)
 
     @property
     def nbytes(self) -> int:
