@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
@@ -97,6 +98,8 @@ class WorkerStatistics:
         self._begun = False
         self._layers: list[dict[str, Any]] = []
         self._read_rows: list[torch.Tensor] = []
+        self._read_arrays: list[NDArray[Any]] = []  # on a CPU, the memory of the same
+        self._tokens_arrays: list[NDArray[Any]] = []
         self._told = b"[]"
         self._experts = 0
         self._attached: list[tuple[MoERunner, LayerCounter]] = []
@@ -116,6 +119,9 @@ class WorkerStatistics:
             raise
         # What never changes is made ready once, and passes through two processes as it is.
         self._read_rows = [self._counts[layer["row"]] for layer in self._layers]
+        if self._worker.device.type == "cpu":
+            self._read_arrays = [row.numpy() for row in self._read_rows]
+            self._tokens_arrays = [tokens.numpy() for tokens in self._tokens]
         told = [{key: layer[key] for key in _ANSWERED} for layer in self._layers]
         self._told = json.dumps(told).encode()
 
@@ -303,11 +309,15 @@ class WorkerStatistics:
         silent = get_tp_group().rank_in_group > 0
         if silent and not any(layer["shared"] for layer in self._layers):
             return None
-        counts = np.zeros((0, self._experts), np.int64)
-        if self._read_rows:  # stacked: one copy from a device, and on a CPU none of the counters
-            stacked = torch.stack(self._read_rows).cpu().numpy()
-            counts = stacked.astype(np.int64, copy=False)
-        target, draft = (int(tokens) for tokens in self._tokens)
+        if self._read_arrays:  # without torch, whose operators are cold between two steps
+            flat = np.concatenate(self._read_arrays).astype(np.int64)
+            counts = flat.reshape(-1, self._experts)
+            target, draft = (int(tokens[0]) for tokens in self._tokens_arrays)
+        elif self._read_rows:  # stacked on the device: one copy
+            counts = torch.stack(self._read_rows).cpu().numpy()
+            target, draft = torch.cat(self._tokens).tolist()
+        else:
+            counts, target, draft = np.zeros((0, self._experts), np.int64), 0, 0
         if silent:  # what is not shared among the ranks, rank 0 tells
             counts[[not layer["shared"] for layer in self._layers]] = 0
             shared = {layer["draft"] for layer in self._layers if layer["shared"]}
