@@ -313,9 +313,10 @@ class WorkerStatistics:
             flat = np.concatenate(self._read_arrays).astype(np.int64)
             counts = flat.reshape(-1, self._experts)
             target, draft = (int(tokens[0]) for tokens in self._tokens_arrays)
-        elif self._read_rows:  # stacked on the device: one copy
-            counts = torch.stack(self._read_rows).cpu().numpy()
-            target, draft = torch.cat(self._tokens).tolist()
+        elif self._read_rows:  # put together on the device: one copy
+            flat = torch.cat([*self._read_rows, *self._tokens]).cpu().numpy()
+            counts = flat[:-2].reshape(-1, self._experts)
+            target, draft = flat[-2:].tolist()
         else:
             counts, target, draft = np.zeros((0, self._experts), np.int64), 0, 0
         if silent:  # what is not shared among the ranks, rank 0 tells
