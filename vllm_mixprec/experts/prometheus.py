@@ -2,8 +2,8 @@
 """Expert statistics on vLLM's own ``/metrics``: the entry point of ``vllm.stat_logger_plugins``.
 
 The truth lives in the workers. One process, the first of the API servers, asks them every second
-while they work and writes what changed into ``prometheus_client`` counters, so that with several
-API servers nothing is exported twice. Nothing here runs in the path of a token.
+while they work and publishes what they say, so that with several API servers nothing is exported
+twice. Nothing here runs in the path of a token.
 """
 
 import asyncio
