@@ -74,13 +74,12 @@ def many(scrapers: int) -> tuple[Kind, ...]:
 
 
 def run_block(
-    server: Server, kind: Kind, options: argparse.Namespace, seed: int
+    server: Server, kind: Kind, scrapers: Scrapers, options: argparse.Namespace, seed: int
 ) -> list[tuple[bool, list[float]]]:
     """Stream through slices A B B A; returns for each whether it was scraped, and its gaps."""
-    scrapers = Scrapers([server.url(path) for path in kind.paths], options.every)
     plan = (False, True, True, False) if seed % 2 == 0 else (True, False, False, True)
     seen = Gaps()
-    begun = time.monotonic() + 2.0  # the first tokens, and the scrapers' process
+    begun = time.monotonic() + 2.0  # the first tokens
 
     async def switch() -> None:
         for number, scraped in enumerate(plan):
@@ -97,9 +96,7 @@ def run_block(
 
     with ExitStack() as unread:
         asyncio.run(run())
-    counted = scrapers.stop()
-    if counted["failed"] or not counted["scrapes"]:
-        say(f"{kind.name}: {counted['failed']} scrapes failed, {counted['scrapes']} did not")
+    scrapers.on = False
     times, gaps = np.array(seen.times) - begun, np.array(seen.seconds)
     slices = []
     for number, scraped in enumerate(plan):
@@ -140,16 +137,20 @@ def bench_clients(
     found: dict[str, list[tuple[bool, list[float]]]] = {kind.name: [] for kind in kinds}
     with ExitStack() as stack:
         servers: dict[tuple[bool, tuple[str, ...]], Server] = {}
+        scrapers: dict[str, Scrapers] = {}
         for number, kind in enumerate(kinds):
             key = (kind.counters, kind.arguments)
             if key not in servers:
                 log = ROOT / "runs" / f"bench_polling_{number}.log"
                 started = serve(model, log, counters=kind.counters, arguments=kind.arguments)
                 servers[key] = stack.enter_context(started)
+            urls = [servers[key].url(path) for path in kind.paths]
+            scrapers[kind.name] = Scrapers(urls, options.every)
+            stack.callback(scrapers[kind.name].stop)
         for block in range(-1, options.blocks):
             for kind in kinds if block % 2 == 0 else kinds[::-1]:
                 server = servers[kind.counters, kind.arguments]
-                slices = run_block(server, kind, options, block)
+                slices = run_block(server, kind, scrapers[kind.name], options, block)
                 if block < 0:  # warms up
                     continue
                 found[kind.name] += slices
@@ -162,6 +163,7 @@ def bench_clients(
                         for scraped, gaps in slices
                     )
                 )
+        scraped = {name: each.stop() for name, each in scrapers.items()}
     ratios = {
         name: {key: compare(slices, of) for key, of in STATISTICS.items()}
         for name, slices in found.items()
@@ -177,11 +179,14 @@ def bench_clients(
         }
         for name, slices in found.items()
     }
-    return {"ratios": ratios, "sides_ms": sides}
+    return {"ratios": ratios, "sides_ms": sides, "scrapes": scraped}
 
 
 def report_clients(result: dict[str, Any]) -> Iterator[str]:
     """Tables in markdown."""
+    for name, counts in result["scrapes"].items():
+        yield f"{name}: {counts['scrapes']} scrapes answered, {counts['failed']} not"
+    yield ""
     yield "| time between tokens, ms | gaps | p50 | p99 | mean |"
     yield "|---|---:|---:|---:|---:|"
     for name, sides in result["sides_ms"].items():

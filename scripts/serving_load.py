@@ -171,7 +171,7 @@ class Scrapers:
     def stop(self) -> dict[str, int]:
         """End, and say how many were answered, how many not, and how many bytes came."""
         self._process.terminate()
-        self._process.join()
+        self._process.join()  # nothing to a process that has ended
         return dict(zip(("scrapes", "failed", "bytes"), self._counts, strict=True))
 
 
