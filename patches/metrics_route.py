@@ -10,7 +10,7 @@ import functools
 import inspect
 
 from fastapi import FastAPI
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 from vllm.entrypoints.serve.instrumentator import metrics
 from vllm.logger import init_logger
 
@@ -25,9 +25,11 @@ _PATH = "/metrics"
 
 @functools.wraps(_STOCK)
 def _attach_router(app: FastAPI) -> None:
-    """Attach vLLM's route, and stand around it."""
+    """Attach vLLM's two routes, and stand around both."""
     _STOCK(app)
-    routes = [route for route in app.routes if isinstance(route, Route) and route.path == _PATH]
+    routes = [
+        route for route in app.routes if isinstance(route, Route | Mount) and route.path == _PATH
+    ]
     if not routes:  # the series are in vLLM's own answer then, at its price
         logger.warning("vLLM answers %s by no route that is known; scrapes cost more", _PATH)
     for route in routes:
@@ -48,7 +50,7 @@ PATCH = Patch(
     name="metrics_route",
     issues=(),
     broken="/metrics formats every series anew for every scrape",
-    mended="the experts' series are formatted once a poll and appended",
+    mended="the experts' series are formatted once, when they changed, and appended",
     needed=needed,
     apply=apply,
     remove_when="vLLM exports the experts' counts itself",

@@ -49,6 +49,25 @@ def _register() -> None:
         ModelRegistry.register_model(name, f"vllm_mixprec.models.dense_dsa:{name}")
     _hook_start()
     worker_hook.apply()
+    _mend_engine_core()
+
+
+def _mend_engine_core() -> None:
+    """Have an engine core, which registers plug-ins as it is built, not wait for statistics.
+
+    Any model must start where this cannot be done: then it waits.
+    """
+    if "vllm.v1.engine.core" not in sys.modules:
+        return
+    try:
+        from vllm_mixprec.patches import engine_core_wait
+
+        if engine_core_wait.needed():
+            engine_core_wait.apply()
+    except Exception:
+        from vllm.logger import init_logger
+
+        init_logger("vllm.mixprec").exception("expert statistics are read between steps")
 
 
 def _refuse_mixed_models(error: Exception) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the answers of stages and ranks are put together; tests/engine asks running workers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,17 @@ def answer(
     last = [(times or {}).get(label, [NAN] * experts) for label in layers]
     return {
         "pp_rank": pp_rank,
-        "layers": [
-            {
-                "layer": label,
-                "draft": label in drafts,
-                "experts": experts,
-                "experts_per_token": top_k,
-            }
-            for label in layers
-        ],
+        "layers": json.dumps(
+            [
+                {
+                    "layer": label,
+                    "draft": label in drafts,
+                    "experts": experts,
+                    "experts_per_token": top_k,
+                }
+                for label in layers
+            ]
+        ).encode(),
         "experts": experts,
         "counts": np.array(list(layers.values()), np.int64).tobytes(),
         "tokens": list(tokens),
@@ -65,6 +68,16 @@ def test_one_worker_is_taken_as_it_is() -> None:
     assert snapshot.last_activation_s is not None
     np.testing.assert_array_equal(snapshot.last_activation_s, [[1001, NAN, 1002], [NAN] * 3])
     assert snapshot.draft is None
+
+
+def test_counts_without_times_are_taken_so() -> None:
+    """A poll for the metrics asks for no times."""
+    parts = [answer({"0": [3, 5]}), answer({"1": [4, 4]}, pp_rank=1)]
+    for part in parts:
+        part["last_activation_s"] = None
+    snapshot = merge(parts, "m")
+    assert snapshot.counts.tolist() == [[3, 5], [4, 4]]
+    assert snapshot.last_activation_s is None
 
 
 def test_stages_are_stacked_in_their_order_and_tokens_taken_once() -> None:

@@ -28,7 +28,7 @@ from vllm_mixprec.experts.prometheus import (
     export_plan,
     unregister_metrics,
 )
-from vllm_mixprec.experts.series import SLICE_SERIES, ExpertSeries
+from vllm_mixprec.experts.series import ExpertSeries
 from vllm_mixprec.experts.snapshot import ExpertSnapshot
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ class Exported:
         self.series = ExpertSeries("m", full, self.registry)
 
     def update(self, *engines: ExpertSnapshot) -> Samples:
-        self.grew = asyncio.run(self.series.update(dict(enumerate(engines))))
+        self.grew = self.series.update(dict(enumerate(engines)))
         return scrape(self.registry)
 
 
@@ -137,6 +137,13 @@ def test_model_name_is_a_label() -> None:
     exported.update(snapshot([[2, 0]]))
     text = generate_latest(exported.registry).decode()
     assert f'{ACTIVATIONS}{{engine="0",expert="0",layer="0",model_name="m"}} 2.0' in text
+
+
+def test_an_engine_of_other_layers_takes_the_place_of_its_series() -> None:
+    exported = Exported()
+    exported.update(snapshot([[2, 0], [1, 1]]))
+    found = exported.update(snapshot([[4, 0]], layers=("9",)))
+    assert found[ACTIVATIONS] == {("0", "0", "9"): 4.0, ("0", "1", "9"): 0.0}
 
 
 def test_engines_have_their_label() -> None:
@@ -230,38 +237,26 @@ def test_idle_experts_are_not_among_the_busiest() -> None:
     }
 
 
-def test_updates_let_the_event_loop_turn() -> None:
-    """A token that arrives meanwhile waits for one slice, not for all series."""
-    series = ExpertSeries("m", True, CollectorRegistry())
-
-    async def turns() -> int:
-        count = 0
-        task = asyncio.create_task(series.update({0: snapshot(ramp(40, 256))}))
-        while not task.done():
-            await asyncio.sleep(0)
-            count += 1
-        return count
-
-    assert asyncio.run(turns()) >= 40 * 256 // SLICE_SERIES
-
-
 # Several API servers.
 
 PROCESS = """
     import asyncio, json, sys
     import numpy as np
-    from prometheus_client import CollectorRegistry
+    from vllm_mixprec.experts.exposition import share_text
     from vllm_mixprec.experts.series import ExpertSeries
     from tests.experts.test_prometheus import snapshot
-    series = ExpertSeries("m", False, CollectorRegistry())
+    series = ExpertSeries("m", False)
     for counts in json.loads(sys.stdin.read()):
-        asyncio.run(series.update({0: snapshot(counts)}))
+        series.update({0: snapshot(counts)})
+        asyncio.run(share_text())
 """
 READER = """
+    import asyncio
     from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+    from vllm_mixprec.experts.exposition import PublishedText
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
-    print(generate_latest(registry).decode())
+    print((generate_latest(registry) + asyncio.run(PublishedText().read())).decode())
 """
 
 
@@ -287,8 +282,8 @@ def test_another_process_reads_the_series_of_the_exporting_one(tmp_path: Path) -
     run_python(PROCESS, tmp_path, json.dumps(polls))
     found = parse(run_python(READER, tmp_path))
     counted = {labels[1]: value for labels, value in found[ACTIVATIONS].items() if labels[2] == "3"}
-    # prometheus_client cannot remove a series here: the overtaken one stays, and stays true.
-    assert counted == {str(e): float(overtaken[3, e]) for e in range(17)}
+    # An overtaken series ends there as it does in one process.
+    assert counted == {str(e): float(overtaken[3, e]) for e in (*range(15), 16)}
     assert found[TOKENS] == {("0",): overtaken[0].sum() // 2}
     assert found[IMBALANCE]["0", "3"] == pytest.approx(10 * 200 / 12)
 
@@ -376,8 +371,8 @@ def test_another_value_is_told_with_the_accepted_ones(
 
 def test_a_later_engine_takes_the_place_of_an_earlier_one() -> None:
     registry = CollectorRegistry()
-    asyncio.run(ExpertSeries("m", False, registry).update({0: snapshot([[2, 0]])}))
-    asyncio.run(ExpertSeries("m", False, registry).update({0: snapshot([[0, 2, 4]])}))
+    ExpertSeries("m", False, registry).update({0: snapshot([[2, 0]])})
+    ExpertSeries("m", False, registry).update({0: snapshot([[0, 2, 4]])})
     assert scrape(registry)[ACTIVATIONS] == {
         ("0", "0", "0"): 0.0,
         ("0", "1", "0"): 2.0,

@@ -82,6 +82,16 @@ STATISTICS: tuple[Coupling, ...] = (
         ("record", "log_engine_initialized"),
     ),
     Coupling("vllm.v1.engine.exceptions:EngineDeadError", "ends the polling"),
+    Coupling(
+        "vllm.v1.engine.core:EngineCoreProc",
+        "answers a call when its Future is done, and says when it comes to rest",
+        members=("collective_rpc", "_invoke_utility_method", "_notify_idle_state_callbacks"),
+    ),
+    Coupling(
+        "vllm.v1.executor.multiproc_executor:MultiprocExecutor",
+        "asks its workers without waiting, and hears them in the order of its questions",
+        members=("collective_rpc",),
+    ),
     # The routes: serving.
     Coupling("vllm:__version__", "is the version that model_info tells"),
     Coupling("vllm.v1.engine.exceptions:EngineGenerateError", "is one request's failure"),

@@ -6,11 +6,14 @@ One way for notebooks, HTTP and Prometheus, over any executor and any number of 
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_mixprec.errors import StatsUnavailableError
 from vllm_mixprec.experts.setting import VARIABLE
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 ENABLED_KEY = "mixprec_expert_counters"
 """In ``VllmConfig.additional_config``: the front end's word to the workers. It is part of the key
 of vLLM's compile cache, so that a graph without counters is never taken for one with them."""
+
+T = TypeVar("T", np.int64, np.float64)
 
 _STATS = "mixprec_expert_stats"
 _RESET = "mixprec_reset_expert_stats"
@@ -63,7 +68,7 @@ async def collect(
     Args:
         client: the front end's ``AsyncLLM``.
         minutes: only the last that many, at most 60; None for the window since the last reset.
-        total: since the engine's start instead, whatever was reset.
+        total: since the engine's start instead, whatever was reset, without last activations.
         timeout_s: how long the engines have to answer.
 
     Returns:
@@ -139,8 +144,11 @@ def merge(answers: Sequence[dict[str, Any] | None], model: str) -> ExpertSnapsho
     """
     stages: dict[int, list[dict[str, Any]]] = {}
     for answer in answers:
-        if answer is not None and answer["layers"]:
-            stages.setdefault(answer["pp_rank"], []).append(answer)
+        if answer is None:
+            continue
+        layers = _parse_layers(answer["layers"])
+        if layers:
+            stages.setdefault(answer["pp_rank"], []).append({**answer, "layers": layers})
     if not stages:
         raise StatsUnavailableError(
             "no layer of the model reports which experts it chose; the server's log says why"
@@ -155,16 +163,27 @@ def merge(answers: Sequence[dict[str, Any] | None], model: str) -> ExpertSnapsho
     return target
 
 
+@lru_cache(maxsize=64)
+def _parse_layers(told: bytes) -> list[dict[str, Any]]:
+    """Read what a worker says of its layers, which is the same every time; not to be changed."""
+    layers: list[dict[str, Any]] = json.loads(told)
+    return layers
+
+
 def _add_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Add up the ranks that share a stage's tokens."""
     shape = (len(ranks[0]["layers"]), ranks[0]["experts"])
     counts = [np.frombuffer(rank["counts"], np.int64).reshape(shape) for rank in ranks]
-    times = [np.frombuffer(rank["last_activation_s"], np.float64).reshape(shape) for rank in ranks]
+    times = [
+        np.frombuffer(rank["last_activation_s"], np.float64).reshape(shape)
+        for rank in ranks
+        if rank["last_activation_s"] is not None
+    ]
     return {
         **ranks[0],
-        "counts": np.sum(counts, axis=0),
-        "tokens": np.sum([rank["tokens"] for rank in ranks], axis=0),
-        "last_activation_s": np.fmax.reduce(times),
+        "counts": counts[0] if len(counts) == 1 else np.sum(counts, axis=0),
+        "tokens": np.sum([rank["tokens"] for rank in ranks], axis=0).tolist(),
+        "last_activation_s": np.fmax.reduce(times) if times else None,
     }
 
 
@@ -178,15 +197,15 @@ def _snapshot(
     tokens = 0
     for stage in stages:
         rows = [i for i, layer in enumerate(stage["layers"]) if layer["draft"] == draft]
-        wider = ((0, 0), (0, max(0, experts - stage["experts"])))
-        counts.append(np.pad(stage["counts"][rows, :experts], wider))
-        seen = stage["last_activation_s"][rows, :experts]
-        times.append(np.pad(seen, wider, constant_values=np.nan))
+        if not rows:
+            continue
         labels += [stage["layers"][row]["layer"] for row in rows]
-        if rows:
-            top_k = stage["layers"][rows[0]]["experts_per_token"]
-            # Every stage sees every token.
-            tokens = max(tokens, int(stage["tokens"][int(draft)]))
+        counts.append(_widen(stage["counts"][rows], experts, 0))
+        if stage["last_activation_s"] is not None:
+            times.append(_widen(stage["last_activation_s"][rows], experts, np.nan))
+        top_k = stage["layers"][rows[0]]["experts_per_token"]
+        # Every stage sees every token.
+        tokens = max(tokens, stage["tokens"][int(draft)])
     if not labels:
         return None
     return ExpertSnapshot(
@@ -198,6 +217,13 @@ def _snapshot(
         requests=stages[0]["requests"],
         started_s=stages[0]["started_s"],
         seconds=stages[0]["seconds"],
-        last_activation_s=np.concatenate(times),
+        last_activation_s=np.concatenate(times) if times else None,
         draft=of_draft,
     )
+
+
+def _widen(rows: NDArray[T], experts: int, fill: float) -> NDArray[T]:
+    """Cut or pad ``[layers, experts of the stage]`` to the experts of the model."""
+    rows = rows[:, :experts]
+    missing = experts - rows.shape[1]
+    return np.pad(rows, ((0, 0), (0, missing)), constant_values=fill) if missing else rows

@@ -1,50 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters of thousands of series on ``/metrics``, at next to no cost a scrape.
+"""Counters of thousands of series on ``/metrics``, at next to no cost a poll or a scrape.
 
-``prometheus_client`` formats every sample anew for every scrape, about ten microseconds each, with
-the interpreter's lock held that the tokens' front end needs. Here a series is formatted when it
-begins, and a family once a poll: :class:`AppendSeries` puts that text behind what vLLM answers.
+``prometheus_client`` writes each series on its own, and formats every sample anew for every scrape,
+about ten microseconds each, with the interpreter's lock held that the tokens' front end needs. Here
+a poll hands over whole rows of numbers, and nothing is formatted until somebody scrapes: then what
+changed is, a row in one go, and :class:`AppendSeries` puts the text behind what vLLM answers.
 """
 
+import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
-from prometheus_client.metrics_core import Metric
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+SLICE_SERIES = 1024  # formatted before the event loop gets its turn; about 100 microseconds
+SENT_BYTES = 1 << 16  # handed to a connection at a time, so that a slow reader is waited for
+
+_STORE = "mixprec_series.txt"
 _appended: ContextVar[bool] = ContextVar("appended", default=False)
 _registered: dict[CollectorRegistry, dict[str, Any]] = {}
 
 
-class Series:
-    """One series of a family; only ever grows.
+class _Form:
+    """The lines of series that differ in their last label alone, but for the values."""
 
-    Attributes:
-        value: what it stands at.
-        prefix: its line in the text format, up to the value.
-    """
+    def __init__(self, name: str, labels: Sequence[str], shared: Sequence[str], ids: Sequence[int]):
+        self._name, self._labels = name, labels
+        self.shared, self.ids = shared, ids
 
-    __slots__ = ("_child", "prefix", "value")
+    @cached_property
+    def template(self) -> bytes:
+        """What ``%`` makes the lines of: first of the ids, then of the values."""
+        escaped = [_escape(value).replace("%", "%%%%") for value in self.shared]
+        pairs = zip(self._labels, [*escaped, "%d"], strict=True)
+        inside = ",".join(f'{label}="{value}"' for label, value in sorted(pairs))
+        line = f"{self._name}{{{inside}}} %%d\n"
+        return "".join([line % number for number in self.ids]).encode()
 
-    def __init__(self, child: Counter, prefix: str) -> None:
-        self._child = child
-        self.prefix = prefix
-        self.value = 0
 
-    def inc(self, by: int) -> None:
-        self._child.inc(by)
-        self.value += by
+class _Lines:
+    """A form with values. Never changes, so that whoever writes it down may take his time."""
+
+    def __init__(self, form: _Form, values: NDArray[np.int64]) -> None:
+        self.form, self.values = form, values
+
+    @cached_property
+    def text(self) -> bytes:
+        return self.form.template % tuple(self.values.tolist())  # bytes: a third of str's time
+
+
+class _Edition:
+    """What a family stood at when it was published."""
+
+    def __init__(self, head: bytes, lines: Mapping[tuple[str, ...], _Lines]) -> None:
+        self._head, self.lines = head, lines
+        self._text: bytes | None = None
+
+    async def text(self) -> bytes:
+        """Return the family in Prometheus' text format 0.0.4; lets the event loop turn."""
+        if self._text is None:
+            done = 0
+            for lines in self.lines.values():
+                if "text" not in lines.__dict__:
+                    done += len(lines.values)
+                    if done > SLICE_SERIES:
+                        done = 0
+                        await asyncio.sleep(0)
+                lines.text  # noqa: B018  formats it
+            self._text = self._head + b"".join(lines.text for lines in self.lines.values())
+        return self._text
 
 
 class CounterFamily:
     """A counter of many series, without the ``_created`` twin of each.
 
-    A collector as any other, too: for scrapes that :class:`AppendSeries` does not see, and, in
-    multi-process mode, through ``prometheus_client``'s files.
+    A collector as any other, too, for scrapes that :class:`AppendSeries` does not see.
+
+    Args:
+        name: without ``_total``.
+        about: what it counts.
+        labels: their names; the last is a number.
     """
 
     def __init__(
@@ -54,59 +98,54 @@ class CounterFamily:
         labels: tuple[str, ...],
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        self._counter = Counter(name, about, labels, registry=None)
-        self._labels = labels
-        self._name = f"{name}_total"
-        self._head = f"# HELP {self._name} {about}\n# TYPE {self._name} counter\n"
-        self._series: dict[tuple[str, ...], Series] = {}
-        self._writing = False
-        self._text: bytes | None = None
+        self._name, self._about, self._labels = name, about, labels
+        self._head = f"# HELP {name}_total {about}\n# TYPE {name}_total counter\n".encode()
+        self._edition = _Edition(self._head, {})
+        self._next: dict[tuple[str, ...], _Lines] = {}
+        self._changed = False
         register(name, self, registry)
 
-    def series(self, *values: object) -> Series:
-        """Return the series with these values of its labels; begins it at 0."""
-        key = tuple(map(str, values))
-        if key not in self._series:
-            pairs = sorted(zip(self._labels, key, strict=True))
-            inside = ",".join(f'{label}="{_escape(value)}"' for label, value in pairs)
-            child = self._counter.labels(*key)
-            self._series[key] = Series(child, f"{self._name}{{{inside}}} ")
-        return self._series[key]
+    def set(self, shared: tuple[str, ...], ids: Sequence[int], values: NDArray[np.int64]) -> None:
+        """Say what the series stand at that share all labels but the last.
 
-    def remove(self, *values: object) -> None:
-        """End a series. In multi-process mode ``prometheus_client`` goes on exporting it."""
-        key = tuple(map(str, values))
-        del self._series[key]
-        self._counter.remove(*key)
+        Args:
+            shared: values of the labels that they share.
+            ids: values of the last label; other series of these labels end.
+            values: int64, one an id, not to be changed any more.
+        """
+        before = self._next.get(shared)
+        if before is not None and (before.form.ids is ids or np.array_equal(before.form.ids, ids)):
+            form = before.form
+        else:
+            form = _Form(f"{self._name}_total", self._labels, shared, ids)
+        self._next[shared] = _Lines(form, values)
+        self._changed = True
 
-    def begin(self) -> None:
-        """Until :meth:`publish`, have scrapes see what was published last."""
-        self._writing = True
+    def end(self, shared: tuple[str, ...]) -> None:
+        """End the series that share these labels."""
+        self._changed |= self._next.pop(shared, None) is not None
 
     def publish(self) -> None:
-        """Have the next scrape see what the series stand at."""
-        self._writing = False
-        self._text = None
+        """Have the next scrape see what was said since the last time, all of it."""
+        if self._changed:
+            self._edition = _Edition(self._head, dict(self._next))
+            self._changed = False
 
-    def text(self) -> bytes:
-        """Return the family in Prometheus' text format 0.0.4."""
-        if self._text is None:
-            lines = [f"{series.prefix}{series.value}\n" for series in self._series.values()]
-            text = (self._head + "".join(lines)).encode()
-            if self._writing:  # nothing was ever published
-                return text
-            self._text = text
-        return self._text
+    async def text(self) -> bytes:
+        """Return what was published in Prometheus' text format 0.0.4."""
+        return await self._edition.text()
 
     def describe(self) -> Iterable[Metric]:
-        return self._counter.describe()
+        return [CounterMetricFamily(self._name, self._about, labels=self._labels)]
 
     def collect(self) -> Iterable[Metric]:
         if _appended.get():
             return
-        for metric in self._counter.collect():
-            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
-            yield metric
+        metric = CounterMetricFamily(self._name, self._about, labels=self._labels)
+        for lines in self._edition.lines.values():
+            for number, value in zip(lines.form.ids, lines.values.tolist(), strict=True):
+                metric.add_metric([*lines.form.shared, str(number)], value)
+        yield metric
 
 
 def _escape(value: str) -> str:
@@ -127,17 +166,61 @@ def unregister_metrics(registry: CollectorRegistry = REGISTRY) -> None:
     """Take off what an earlier engine of this process exported, as vLLM does with its own."""
     for collector in _registered.pop(registry, {}).values():
         registry.unregister(collector)
+    store = _store()
+    if store is not None:
+        store.unlink(missing_ok=True)
 
 
-def published_text(registry: CollectorRegistry = REGISTRY) -> bytes:
-    """Return all families of a registry as text.
+# Where several API servers answer, one exports: its text lies in the folder that vLLM makes for
+# the files of prometheus_client, which know no series that ends and take a scrape milliseconds.
 
-    Empty in multi-process mode, where the values of all processes lie in files.
-    """
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        return b""
-    known = _registered.get(registry, {}).values()
-    return b"".join(family.text() for family in known if isinstance(family, CounterFamily))
+
+def _store() -> Path | None:
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(folder) / _STORE if folder else None
+
+
+async def share_text(registry: CollectorRegistry = REGISTRY) -> None:
+    """Have the other API servers see what was published, if there are any."""
+    store = _store()
+    if store is not None:
+        await asyncio.to_thread(_replace, store, await _write(registry))
+
+
+def _replace(store: Path, text: bytes) -> None:
+    new = store.with_suffix(f".{os.getpid()}")
+    new.write_bytes(text)
+    new.replace(store)
+
+
+async def _write(registry: CollectorRegistry) -> bytes:
+    known = list(_registered.get(registry, {}).values())
+    editions = [family._edition for family in known if isinstance(family, CounterFamily)]
+    return b"".join([await edition.text() for edition in editions])
+
+
+class PublishedText:
+    """What is published, by this process or by the API server that does so for all."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._registry = registry
+        self._seen: tuple[int, int] | None = None
+        self._text = b""
+
+    async def read(self) -> bytes:
+        """Return the families as text."""
+        store = _store()
+        if store is None:
+            return await _write(self._registry)
+        try:
+            found = store.stat()
+            seen = (found.st_ino, found.st_mtime_ns)
+            if seen != self._seen:
+                self._text = await asyncio.to_thread(store.read_bytes)
+                self._seen = seen
+        except FileNotFoundError:  # nothing was polled so far
+            return b""
+        return self._text
 
 
 class AppendSeries:
@@ -145,10 +228,11 @@ class AppendSeries:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._published = PublishedText()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        text = published_text()
-        if scope["type"] != "http" or not text:
+        text = await self._published.read() if scope["type"] == "http" else b""
+        if not text:
             await self._app(scope, receive, send)
             return
         served = False
@@ -161,16 +245,28 @@ class AppendSeries:
                 if served and "content-length" in headers:
                     length = int(headers["content-length"]) + len(text)
                     headers["content-length"] = str(length)
-                message = {**message, "headers": headers.raw}
+                await send({**message, "headers": headers.raw})
             elif served and not message.get("more_body", False):
-                message = {**message, "body": message.get("body", b"") + text}
-            await send(message)
+                await send({**message, "more_body": True})
+                async for part in _cut(text):
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            else:
+                await send(message)
 
-        plain = [
-            (name, value) for name, value in Headers(scope=scope).raw if name != b"accept-encoding"
-        ]
+        # Not compressed, nor in the format that ends with a line of its own.
+        kept = Headers(scope=scope).raw
+        plain = [(name, value) for name, value in kept if name not in _NEGOTIATED]
         token = _appended.set(True)
         try:
             await self._app({**scope, "headers": plain}, receive, send_both)
         finally:
             _appended.reset(token)
+
+
+_NEGOTIATED = (b"accept-encoding", b"accept")
+
+
+async def _cut(text: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(text), SENT_BYTES):
+        yield text[start : start + SENT_BYTES]

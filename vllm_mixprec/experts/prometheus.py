@@ -2,8 +2,8 @@
 """Expert statistics on vLLM's own ``/metrics``: the entry point of ``vllm.stat_logger_plugins``.
 
 The truth lives in the workers. One process, the first of the API servers, asks them every second
-while they work and writes what changed into ``prometheus_client`` counters, so that with several
-API servers nothing is exported twice. Nothing here runs in the path of a token.
+while they work and publishes what they say, so that with several API servers nothing is exported
+twice. Nothing here runs in the path of a token.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_mixprec.errors import MixPrecError, StatsUnavailableError
 from vllm_mixprec.experts.collect import collect, counters_enabled
-from vllm_mixprec.experts.exposition import unregister_metrics
+from vllm_mixprec.experts.exposition import share_text, unregister_metrics
 from vllm_mixprec.experts.series import ExpertSeries, make_gauge
 from vllm_mixprec.experts.setting import metrics_setting
 from vllm_mixprec.experts.snapshot import ExpertSnapshot
@@ -122,11 +122,15 @@ class ExpertPoller:
             await self._rest()
 
     async def _update(self, snapshots: Mapping[int, ExpertSnapshot]) -> None:
+        first = self._series is None
         if self._series is None:  # a model without experts has no metric, not an empty one
             self._series = ExpertSeries(self._model_name, self._full, self._registry)
         # Aborted requests are computed a little longer than they are answered: the engines are at
         # rest when a poll finds nothing new.
-        self.worked |= await self._series.update(snapshots)
+        grew = self._series.update(snapshots)
+        self.worked |= grew
+        if grew or first:
+            await share_text(self._registry)
         if self._backoff_s:
             self._backoff_s = 0.0
             logger.info("Expert metrics are up to date again")
@@ -178,6 +182,7 @@ class ExpertStatLogger(AggregateStatLoggerBase):
         )
         if self._exports:
             unregister_metrics()
+        if setting != "off":  # what one of several API servers exports, each of them answers
             _speed_up_scrapes()
 
     def record(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counters of experts, layers and tokens in a Prometheus registry, brought up to each poll."""
+"""The counters of experts, layers and tokens in a Prometheus registry, brought up to each poll.
 
-import asyncio
-import os
+A poll is arithmetic on whole arrays: whatever takes time a series is left to the scrapes.
+"""
+
 from collections import Counter as CountOf
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,6 @@ logger = init_logger("vllm.mixprec")
 
 MAX_EXPERT_SERIES = 10_000
 BUSIEST = 16  # experts a layer, where all would be more series than that
-SLICE_SERIES = 256  # written before the event loop gets its turn; about half a millisecond
 
 
 def make_gauge(name: str, about: str, labels: tuple[str, ...], registry: Any) -> Gauge:
@@ -36,44 +36,45 @@ class _Exported:
 
     Attributes:
         layers: label of each layer.
+        shape: (layers, experts).
         seen: int64 [layers, experts], the engine's counts at the last poll.
         total: int64 [layers, experts], counted since the first poll; an engine that starts again
-            goes on from where it was, so that no counter goes down.
-        written: int64 [layers, experts], value of each series; 0 where there is none.
-        series: [layers, experts] the counter's child, None where there is none.
-        has_series: bool [layers, experts], where there is one.
+            goes on from where it was, so that no counter goes down. Each poll makes it anew.
+        imbalance: the gauge of each layer that worked.
+        every: ids of all experts of a layer.
+        capped: whether only the busiest have series; None before the first poll.
     """
 
     layers: tuple[str, ...]
     shape: tuple[int, ...]
     seen: NDArray[np.int64] = field(init=False)
     total: NDArray[np.int64] = field(init=False)
-    written: NDArray[np.int64] = field(init=False)
-    series: NDArray[np.object_] = field(init=False)
-    has_series: NDArray[np.bool_] = field(init=False)
+    imbalance: dict[int, Gauge] = field(init=False, default_factory=dict)
+    every: range = field(init=False)
+    capped: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.seen = np.zeros(self.shape, np.int64)
         self.total = np.zeros(self.shape, np.int64)
-        self.written = np.zeros(self.shape, np.int64)
-        self.series = np.full(self.shape, None, object)
-        self.has_series = np.zeros(self.shape, bool)
+        self.every = range(self.shape[1])
 
     def advance(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Take the counts of a poll; return what came since the one before."""
         if (counts < self.seen).any():  # the engine started again, from zero
             self.seen = np.zeros(self.shape, np.int64)
         grown = counts - self.seen
-        self.seen = counts.copy()
-        self.total += grown
+        self.seen = counts
+        self.total = self.total + grown
         return grown
 
-    def busiest(self) -> NDArray[np.bool_]:
-        """Mask of the busiest experts of each layer that were ever busy; ties to the lower id."""
-        order = np.argsort(-self.total, axis=1, kind="stable")[:, :BUSIEST]
-        mask = np.zeros(self.shape, bool)
-        np.put_along_axis(mask, order, True, axis=1)
-        return mask & (self.total > 0)
+    def busiest(self) -> list[NDArray[np.intp]]:
+        """Return the busiest experts of each layer that were ever busy; ties to the lower id."""
+        experts = self.shape[1]
+        rank = self.total * experts + np.arange(experts - 1, -1, -1)  # no two alike
+        least = max(experts - BUSIEST, 0)
+        busiest = np.sort(np.argpartition(rank, least, axis=1)[:, least:], axis=1)
+        worked = np.take_along_axis(self.total, busiest, axis=1) > 0
+        return [row[mask] for row, mask in zip(busiest, worked, strict=True)]
 
 
 class ExpertSeries:
@@ -81,17 +82,16 @@ class ExpertSeries:
 
     Above ``MAX_EXPERT_SERIES``, and unless ``full``, a layer has series for its ``BUSIEST`` experts
     so far only: one that is overtaken loses its series, one that comes (back) starts at its true
-    count. In multi-process mode ``prometheus_client`` cannot remove a series: there it stays, and
-    goes on counting.
+    count.
     """
 
     def __init__(self, model_name: str, full: bool, registry: CollectorRegistry = REGISTRY) -> None:
         self._model_name = model_name
         self._full = full
-        self._keeps_series = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._said_capped = False
         self._exported: dict[tuple[int, bool], _Exported] = {}
         self._tokens_seen: CountOf[int] = CountOf()
+        self._tokens_total: CountOf[int] = CountOf()
         engine = ("model_name", "engine")
         self._activations = CounterFamily(
             "mixprec_expert_activations",
@@ -113,11 +113,8 @@ class ExpertSeries:
             registry,
         )
 
-    async def update(self, snapshots: Mapping[int, ExpertSnapshot]) -> bool:
-        """Bring the series up to the engines' counts since their start; say whether any grew.
-
-        Yields to the event loop between slices of ``SLICE_SERIES`` series.
-        """
+    def update(self, snapshots: Mapping[int, ExpertSnapshot]) -> bool:
+        """Bring the series up to the engines' counts since their start; say whether any grew."""
         parts = {
             (engine, part is not snapshot): part
             for engine, snapshot in snapshots.items()
@@ -126,25 +123,30 @@ class ExpertSeries:
         }
         capped = self._is_capped(sum(part.counts.size for part in parts.values()))
         grew = False
-        for family in (self._tokens, self._activations):
-            family.begin()
         for (engine, is_draft), part in parts.items():
-            exported = self._exported.get((engine, is_draft))
-            if exported is None or (exported.layers, exported.shape) != (
-                part.layers,
-                part.counts.shape,
-            ):
-                exported = _Exported(part.layers, part.counts.shape)
-                self._exported[engine, is_draft] = exported
+            exported = self._exported_of(engine, is_draft, part)
             grown = exported.advance(part.counts)
             grew |= bool(grown.any())
             if not is_draft:
                 self._count_tokens(engine, part.tokens)
-            self._set_imbalance(engine, part.layers, grown)
-            await self._write(engine, exported, capped)
+            self._set_imbalance(engine, exported, grown)
+            self._set_activations(engine, exported, grown, capped)
+        self._set_tokens()
         for family in (self._tokens, self._activations):
             family.publish()
         return grew
+
+    def _exported_of(self, engine: int, is_draft: bool, part: ExpertSnapshot) -> _Exported:
+        exported = self._exported.get((engine, is_draft))
+        if exported is None or (exported.layers, exported.shape) != (
+            part.layers,
+            part.counts.shape,
+        ):
+            for layer in exported.layers if exported is not None else ():
+                self._activations.end((self._model_name, str(engine), layer))
+            exported = _Exported(part.layers, part.counts.shape)
+            self._exported[engine, is_draft] = exported
+        return exported
 
     def _is_capped(self, series: int) -> bool:
         capped = not self._full and series > MAX_EXPERT_SERIES
@@ -162,38 +164,39 @@ class ExpertSeries:
 
     def _count_tokens(self, engine: int, tokens: int) -> None:
         seen = self._tokens_seen[engine]
-        self._tokens.series(self._model_name, engine).inc(
-            tokens - seen if tokens >= seen else tokens
-        )
+        self._tokens_total[engine] += tokens - seen if tokens >= seen else tokens
         self._tokens_seen[engine] = tokens
 
-    def _set_imbalance(
-        self, engine: int, layers: tuple[str, ...], grown: NDArray[np.int64]
-    ) -> None:
-        sums, busiest = grown.sum(axis=1), grown.max(axis=1, initial=0)
-        for row in np.flatnonzero(sums).tolist():
-            ratio = float(busiest[row] * grown.shape[1] / sums[row])
-            self._imbalance.labels(self._model_name, engine, layers[row]).set(ratio)
+    def _set_tokens(self) -> None:
+        engines = sorted(self._tokens_total)
+        totals = np.array([self._tokens_total[engine] for engine in engines], np.int64)
+        self._tokens.set((self._model_name,), engines, totals)
 
-    async def _write(self, engine: int, exported: _Exported, capped: bool) -> None:
-        wanted = exported.busiest() if capped else np.ones(exported.shape, bool)
-        if self._keeps_series:
-            wanted |= exported.has_series
-        for row, expert in np.argwhere(exported.has_series & ~wanted).tolist():
-            self._activations.remove(self._model_name, engine, exported.layers[row], expert)
-            exported.series[row, expert] = None
-            exported.has_series[row, expert] = False
-            exported.written[row, expert] = 0
-        changed = wanted & (~exported.has_series | (exported.written != exported.total))
-        for done, (row, expert) in enumerate(np.argwhere(changed).tolist(), start=1):
-            series = exported.series[row, expert]
-            if series is None:
-                layer = exported.layers[row]
-                series = self._activations.series(self._model_name, engine, layer, expert)
-                exported.series[row, expert] = series
-                exported.has_series[row, expert] = True
-            value = exported.total[row, expert]
-            series.inc(int(value - exported.written[row, expert]))
-            exported.written[row, expert] = value
-            if done % SLICE_SERIES == 0:
-                await asyncio.sleep(0)
+    def _set_imbalance(self, engine: int, exported: _Exported, grown: NDArray[np.int64]) -> None:
+        sums, busiest = grown.sum(axis=1), grown.max(axis=1, initial=0)
+        worked = np.flatnonzero(sums)
+        ratios = busiest[worked] * grown.shape[1] / sums[worked]
+        for row, ratio in zip(worked.tolist(), ratios.tolist(), strict=True):
+            gauge = exported.imbalance.get(row)
+            if gauge is None:
+                gauge = self._imbalance.labels(self._model_name, engine, exported.layers[row])
+                exported.imbalance[row] = gauge
+            gauge.set(ratio)
+
+    def _set_activations(
+        self, engine: int, exported: _Exported, grown: NDArray[np.int64], capped: bool
+    ) -> None:
+        rows = np.flatnonzero(grown.any(axis=1)).tolist()
+        if exported.capped is not capped:  # at the first poll, and when another engine comes
+            exported.capped = capped
+            rows = range(len(exported.layers))
+        chosen = exported.busiest() if capped else None
+        for row in rows:
+            shared = (self._model_name, str(engine), exported.layers[row])
+            total = exported.total[row]
+            if chosen is None:
+                self._activations.set(shared, exported.every, total)
+            elif len(chosen[row]):
+                self._activations.set(shared, chosen[row], total[chosen[row]])
+            else:
+                self._activations.end(shared)

@@ -5,6 +5,7 @@ Nothing of vLLM is replaced: :func:`watch` wraps three methods of the one worker
 answers are methods of that object, which ``collective_rpc`` finds by name.
 """
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
@@ -95,6 +97,10 @@ class WorkerStatistics:
         self._running: set[str] = set()
         self._begun = False
         self._layers: list[dict[str, Any]] = []
+        self._read_rows: list[torch.Tensor] = []
+        self._read_arrays: list[NDArray[Any]] = []  # on a CPU, the memory of the same
+        self._tokens_arrays: list[NDArray[Any]] = []
+        self._told = b"[]"
         self._experts = 0
         self._attached: list[tuple[MoERunner, LayerCounter]] = []
         self._counts: list[torch.Tensor] = []
@@ -111,6 +117,13 @@ class WorkerStatistics:
                 detach(runner)
             self._layers.clear()
             raise
+        # What never changes is made ready once, and passes through two processes as it is.
+        self._read_rows = [self._counts[layer["row"]] for layer in self._layers]
+        if self._worker.device.type == "cpu":
+            self._read_arrays = [row.numpy() for row in self._read_rows]
+            self._tokens_arrays = [tokens.numpy() for tokens in self._tokens]
+        told = [{key: layer[key] for key in _ANSWERED} for layer in self._layers]
+        self._told = json.dumps(told).encode()
 
     def _install(self) -> None:
         config = self._worker.vllm_config
@@ -243,14 +256,14 @@ class WorkerStatistics:
         Args:
             now_s: unix time of the caller's clock, the same for all workers.
             minutes: over the last that many minutes, at most 60; None for since the last reset.
-            total: since the engine's start, whatever was reset.
+            total: since the engine's start, whatever was reset, and the counts alone.
 
         Returns:
             None where another rank of the tensor-parallel group answers; else, in types that
-            msgpack knows: ``layers`` (label, draft, experts, experts_per_token each), ``experts``
-            (of the widest layer), ``counts`` (int64 bytes, ``[layers, experts]``), ``tokens``
-            (target's, draft's), ``requests``, ``started_s``, ``seconds``, ``last_activation_s``
-            (float64 bytes, as counts), ``pp_rank``.
+            msgpack knows: ``layers`` (JSON: label, draft, experts, experts_per_token each),
+            ``experts`` (of the widest layer), ``counts`` (int64 bytes, ``[layers, experts]``),
+            ``tokens`` (target's, draft's), ``requests``, ``started_s``, ``seconds``,
+            ``last_activation_s`` (float64 bytes, as counts; None with ``total``), ``pp_rank``.
         """
         totals = self._read(now_s)
         if totals is None:
@@ -258,7 +271,7 @@ class WorkerStatistics:
         history = self._history
         history.add(totals)
         if total:
-            return self._answer(history.start, totals)
+            return self._answer(history.start, totals, times=False)
         if minutes is not None:
             return self._answer(history.since(now_s - 60 * minutes), totals)
         return self._answer(history.window, totals)
@@ -277,18 +290,18 @@ class WorkerStatistics:
         self._history.reset(totals)
         return self._answer(ended, totals)
 
-    def _answer(self, first: Totals, last: Totals) -> dict[str, Any]:
+    def _answer(self, first: Totals, last: Totals, *, times: bool = True) -> dict[str, Any]:
         """Say what was counted between two readings."""
         return {
             "pp_rank": get_pp_group().rank_in_group,
-            "layers": [{key: layer[key] for key in _ANSWERED} for layer in self._layers],
+            "layers": self._told,
             "experts": self._experts,
             "counts": (last.counts - first.counts).tobytes(),
             "tokens": [now - then for now, then in zip(last.tokens, first.tokens, strict=True)],
             "requests": last.requests - first.requests,
             "started_s": first.time_s,
             "seconds": max(0.0, last.time_s - first.time_s),
-            "last_activation_s": self._history.last_activation_s.tobytes(),
+            "last_activation_s": self._history.last_activation_s.tobytes() if times else None,
         }
 
     def _read(self, now_s: float) -> Totals | None:
@@ -296,11 +309,16 @@ class WorkerStatistics:
         silent = get_tp_group().rank_in_group > 0
         if silent and not any(layer["shared"] for layer in self._layers):
             return None
-        rows = [self._counts[layer["row"]] for layer in self._layers]
-        counts = np.zeros((0, self._experts), np.int64)
-        if rows:  # stacked on the device: one copy, and on a CPU none of the counters themselves
-            counts = torch.stack(rows).cpu().numpy().astype(np.int64, copy=False)
-        target, draft = (int(tokens) for tokens in self._tokens)
+        if self._read_arrays:  # without torch, whose operators are cold between two steps
+            flat = np.concatenate(self._read_arrays).astype(np.int64)
+            counts = flat.reshape(-1, self._experts)
+            target, draft = (int(tokens[0]) for tokens in self._tokens_arrays)
+        elif self._read_rows:  # put together on the device: one copy
+            flat = torch.cat([*self._read_rows, *self._tokens]).cpu().numpy()
+            counts = flat[:-2].reshape(-1, self._experts)
+            target, draft = flat[-2:].tolist()
+        else:
+            counts, target, draft = np.zeros((0, self._experts), np.int64), 0, 0
         if silent:  # what is not shared among the ranks, rank 0 tells
             counts[[not layer["shared"] for layer in self._layers]] = 0
             shared = {layer["draft"] for layer in self._layers if layer["shared"]}
