@@ -7,10 +7,12 @@
 What reading the counters costs, and a server that is scraped, is scripts/bench_polling.py's.
 
 Two engines of one synthetic model, compiled as in production, in one process; they differ
-in VLLM_MIXPREC_EXPERT_METRICS alone and read the same weights. They take turns step by step,
-A B B A, and a ratio is formed within each pair of a few seconds a side, so that what
-else the machine does hits both alike. Both get the same prompts and draw the same tokens. Every
-pair is measured in two processes, which start the engines in either order, and summed.
+in VLLM_MIXPREC_EXPERT_METRICS alone, and read the same weights and, on a CPU, the same KV cache.
+They take turns step by step, A B B A, and a ratio is formed within each pair of a few seconds a
+side, so that what else the machine does hits both alike. Both get the same prompts and draw the
+same tokens. Every pair is measured in two processes, which start the engines in either order, and
+summed. Where the rest of an engine lies in memory still makes one of two equal engines faster for
+as long as both live: so after every few pairs both processes are started anew.
 
 Counting costs the same for every layer, so its proportion is a matter of the layers' size. The
 model has 4 layers of the size of Qwen3-30B-A3B's in BF16, and a small vocabulary, lest its head
@@ -33,6 +35,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench_decode import describe_machine, machine_line
 from serving_load import MAX_MODEL_LEN, PROMPT, say
 from synthetic import DEFAULT, ROOT, Shape, write_models
@@ -88,16 +91,21 @@ def keep_workspaces() -> None:
     workspace.init_workspace_manager = keep
 
 
-def share_weights(engines: list[Any]) -> None:
-    """Have the second engine read the first one's weights.
+def share_memory(engines: list[Any]) -> None:
+    """Have the second engine read the first one's weights and, on a CPU, its KV cache.
 
-    Decoding is bound by memory, and where the weights lie in it makes 2 % of difference between
-    two engines that are otherwise the same: for as long as they live, so no number of pairs would
-    even it out.
+    Decoding is bound by memory, and where that lies makes 2 % of difference between two engines
+    that are otherwise the same: for as long as they live, so no number of pairs would even it out.
+    Both draw the same tokens and number their blocks alike, so each writes what the other did.
     """
-    first, second = (dict(llm.collective_rpc("get_model")[0].named_parameters()) for llm in engines)
-    for name, parameter in second.items():
-        parameter.data = first[name].data
+    first, second = (llm.collective_rpc("get_model")[0] for llm in engines)
+    weights = dict(first.named_parameters())
+    for name, parameter in second.named_parameters():
+        parameter.data = weights[name].data
+    for one, other in zip(first.modules(), second.modules(), strict=True):
+        cache = getattr(one, "kv_cache", None)
+        if isinstance(cache, torch.Tensor) and cache.is_cpu:
+            other.kv_cache = cache
 
 
 def decode(engines: list[Any], prompts: list[Any], steps: int) -> tuple[list[float], ...]:
@@ -145,7 +153,7 @@ def choose_steps(engines: list[Any], seconds: float) -> dict[int, int]:
 
 
 def measure_pairs(
-    model: Path, counters: tuple[bool, bool], pairs: int, seconds: float
+    model: Path, counters: tuple[bool, bool], first: int, pairs: int, seconds: float
 ) -> list[dict[str, Any]]:
     """Start two engines and measure pairs of decode runs: ms of each step by batch, of each."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -155,11 +163,11 @@ def measure_pairs(
         begun = time.perf_counter()
         engines.append(start_engine(model, counting))
         say(f"counters {'on' if counting else 'off'}: {time.perf_counter() - begun:.0f} s")
-    share_weights(engines)
+    share_memory(engines)
     steps = choose_steps(engines, seconds)
     say(f"steps by batch: {steps}")
     measured = []
-    for number in range(pairs):
+    for number in range(first, first + pairs):
         ms: tuple[dict[int, list[float]], ...] = ({}, {})
         for batch, count in steps.items():
             for which, times in enumerate(decode(engines, draw_prompts(number, batch), count)):
@@ -167,34 +175,33 @@ def measure_pairs(
         load = os.getloadavg()[0]
         measured.append({"load_average": load, "first_ms": ms[0], "second_ms": ms[1]})
         found = ", ".join(f"batch {b}: {sum(ms[0][b]) / sum(ms[1][b]):.4f}" for b in steps)
-        say(f"pair {number + 1} of {pairs}, load {load:.1f}, second over first: {found}")
+        say(f"pair {number + 1}, load {load:.1f}, second over first: {found}")
     return measured
 
 
 def bench_decode(model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure pairs of decode runs; returns the ratios and what they were made of.
-
-    A pair is measured in a process that starts the engine with counters last and in one that starts
-    it first, and summed: where its memory lies makes one of two equal engines 1 % faster, for as
-    long as both live.
-    """
-    orders: list[list[dict[str, Any]]] = []
-    for counters_first in (False, True):
-        on = not options.control
-        order = (counters_first and on, not counters_first and on)
-        names = ("with_ms", "without_ms") if counters_first else ("without_ms", "with_ms")
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as process:
-            work = process.submit(measure_pairs, model, order, options.pairs, options.seconds)
-            measured = work.result()
-        orders.append(
-            [
-                dict(zip(names, (pair["first_ms"], pair["second_ms"]), strict=True))
-                | {"load_average": pair["load_average"]}
-                for pair in measured
-            ]
-        )
-    pairs = list(zip(*orders, strict=True))
+    """Measure pairs of decode runs; returns the ratios and what they were made of."""
+    on = not options.control
+    context = multiprocessing.get_context("spawn")
+    pairs: list[list[dict[str, Any]]] = []
+    while len(pairs) < options.pairs:
+        some = min(options.per_start, options.pairs - len(pairs))
+        orders: list[list[dict[str, Any]]] = []
+        for counters_first in (False, True):
+            order = (counters_first and on, not counters_first and on)
+            names = ("with_ms", "without_ms") if counters_first else ("without_ms", "with_ms")
+            with ProcessPoolExecutor(1, mp_context=context) as process:
+                seed = len(pairs)
+                work = process.submit(measure_pairs, model, order, seed, some, options.seconds)
+                measured = work.result()
+            orders.append(
+                [
+                    dict(zip(names, (pair["first_ms"], pair["second_ms"]), strict=True))
+                    | {"load_average": pair["load_average"]}
+                    for pair in measured
+                ]
+            )
+        pairs += map(list, zip(*orders, strict=True))
     ratios = {
         f"{name}, batch {batch}": [
             sum(of(one["without_ms"][batch]) for one in pair)
@@ -223,6 +230,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--control", action="store_true", help="no counters in either engine")
     parser.add_argument("--pairs", type=int, default=15, help="of decode runs (default 15)")
+    parser.add_argument(
+        "--per-start", type=int, default=3, help="pairs before engines start anew (default 3)"
+    )
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="of decode a measurement (default 2)"
     )
