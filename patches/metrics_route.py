@@ -14,7 +14,7 @@ from starlette.routing import Mount, Route
 from vllm.entrypoints.serve.instrumentator import metrics
 from vllm.logger import init_logger
 
-from vllm_mixprec.experts.exposition import AppendSeries
+from vllm_mixprec.experts.exposition import AppendSeries, metrics_route_missing
 from vllm_mixprec.patches import Patch
 
 logger = init_logger("vllm.mixprec")
@@ -30,8 +30,8 @@ def _attach_router(app: FastAPI) -> None:
     routes = [
         route for route in app.routes if isinstance(route, Route | Mount) and route.path == _PATH
     ]
-    if not routes:  # the series are in vLLM's own answer then, at its price
-        logger.warning("vLLM answers %s by no route that is known; scrapes cost more", _PATH)
+    if not routes:
+        logger.warning(metrics_route_missing(), f"vLLM answers {_PATH} by no route that is known")
     for route in routes:
         route.app = AppendSeries(route.app)
 

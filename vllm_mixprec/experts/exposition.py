@@ -180,6 +180,13 @@ def _store() -> Path | None:
     return Path(folder) / _STORE if folder else None
 
 
+def metrics_route_missing() -> str:
+    """Say what it costs that nobody appends the text, with a place for the reason."""
+    if _store() is None:  # the series are in vLLM's own answer then
+        return "scrapes of experts' metrics cost more: %s"
+    return "of several API servers none exports experts' metrics: %s. Start one, or report this"
+
+
 async def share_text(registry: CollectorRegistry = REGISTRY) -> None:
     """Have the other API servers see what was published, if there are any."""
     store = _store()

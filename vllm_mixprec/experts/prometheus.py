@@ -22,7 +22,11 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_mixprec.errors import MixPrecError, StatsUnavailableError
 from vllm_mixprec.experts.collect import collect, counters_enabled
-from vllm_mixprec.experts.exposition import share_text, unregister_metrics
+from vllm_mixprec.experts.exposition import (
+    metrics_route_missing,
+    share_text,
+    unregister_metrics,
+)
 from vllm_mixprec.experts.series import ExpertSeries, make_gauge
 from vllm_mixprec.experts.setting import metrics_setting
 from vllm_mixprec.experts.snapshot import ExpertSnapshot
@@ -219,8 +223,11 @@ def _speed_up_scrapes() -> None:
 
         if metrics_route.needed():
             metrics_route.apply()
-    except Exception as error:  # the series are in vLLM's own answer then
-        logger.warning("Scrapes of expert metrics cost more: %s: %s", type(error).__name__, error)
+            return
+        problem = "vLLM answers /metrics in a way that is not known"
+    except Exception as error:  # metrics must not end a server
+        problem = f"{type(error).__name__}: {error}"
+    logger.warning(metrics_route_missing(), problem)
 
 
 def _make_reader(client: "AsyncLLM") -> Read:

@@ -56,6 +56,8 @@ def load_yaml(file: Path) -> tuple[Any, dict[Location, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
+        if "nesting depth" in (error.problem or ""):  # libyaml 0.2.6 has a bound of its own
+            raise _too_deep(file, line) from error
         raise PlanError(
             f"{file}:{line}: not valid YAML ({error.problem or error.context}). Correct the line."
         ) from error
@@ -71,11 +73,7 @@ def _check_depth(file: Path, raw: bytes) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                raise PlanError(
-                    f"{file}:{line}: nested more than {MAX_DEPTH} deep, "
-                    "expected a plan. Correct the brackets."
-                )
+                raise _too_deep(file, event.start_mark.line + 1 if event.start_mark else 1)
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.ScalarEvent):
@@ -85,6 +83,12 @@ def _check_depth(file: Path, raw: bytes) -> None:
                     f"{file}:1: more than {MAX_SCALARS} keys and values, expected a plan. Use "
                     "patterns in place of one rule for each module."
                 )
+
+
+def _too_deep(file: Path, line: int) -> PlanError:
+    return PlanError(
+        f"{file}:{line}: nested more than {MAX_DEPTH} deep, expected a plan. Correct the brackets."
+    )
 
 
 class _NodeCheck:
