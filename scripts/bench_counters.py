@@ -38,15 +38,12 @@ from typing import Any
 import torch
 from bench_decode import describe_machine, machine_line
 from serving_load import MAX_MODEL_LEN, PROMPT, say
-from synthetic import DEFAULT, ROOT, Shape, write_models
+from synthetic import DEFAULT, LARGE, LARGE_FOLDER, ROOT, Shape, write_models
 
 BATCHES = (1, 8, 64)
 AIM = 0.995
 _MIN_STEPS = 8
 _KV_BYTES = 1 << 30
-_LARGE = Shape(
-    layers=4, experts=128, top_k=8, hidden=2048, inner=768, heads=32, kv_heads=4, head_dim=128
-)
 _VARIABLE = "VLLM_MIXPREC_EXPERT_METRICS"
 
 
@@ -245,7 +242,7 @@ def main() -> None:
     if options.quick:
         folder, shape = ROOT / "runs" / "synthetic-quick", Shape(layers=2)
     elif not options.small:
-        folder, shape = ROOT / "runs" / "synthetic-large", _LARGE
+        folder, shape = LARGE_FOLDER, LARGE
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     # As a user has it, whatever the caller's shell says.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what loading a mixed model reads, takes and holds, beside stock vLLM and ``dd``.
 
-    python scripts/bench_load.py              # the 1.3 GB synthetic model, five rounds
-    python scripts/bench_load.py --quick      # a two-layer model, two rounds
+    python scripts/bench_load.py              # four layers of Qwen3-30B-A3B's size, five rounds
+    python scripts/bench_load.py --small      # twelve layers of small experts: many tensors a byte
+    python scripts/bench_load.py --quick      # a two-layer model of such, two rounds
 
 Every number comes from a process of its own, forked of one that is set up as vLLM sets up its CPU
 worker (its OpenMP binding, its LD_PRELOAD, one rank; see load_child.py), which runs vLLM's
@@ -38,15 +39,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench_decode import STOCK, describe_machine, machine_line, spread
 from load_child import set_cache, weight_files
-from synthetic import DEFAULT, ROOT, Shape, compose_mix, write_models
+from synthetic import (
+    DEFAULT,
+    LARGE,
+    LARGE_FOLDER,
+    ROOT,
+    Shape,
+    compose_mix,
+    write_models,
+)
 
 # Layers of the BF16 models whose bytes come nearest to the others'.
-_SMALLER_STOCK = (3, 6)
+_SMALLER_STOCK = {LARGE.layers: (1, 2), Shape().layers: (3, 6)}
 _TINY = "tiny: "
 _TINY_SHAPE = Shape(layers=1, experts=4, top_k=2, hidden=256, inner=128, heads=4, vocab=512)
 _PEAK_BYTES = 256 << 20
@@ -255,18 +265,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small model")
     parser.add_argument("--rounds", type=int, help="default 5, with --quick 2")
-    parser.add_argument("--models", type=Path, help="folder of the models (default runs/synthetic)")
-    parser.add_argument("--json", type=Path, help="default runs/bench_load[_quick].json")
+    parser.add_argument("--small", action="store_true", help="a model of small experts")
+    parser.add_argument("--models", type=Path, help="folder of the models (default in runs)")
+    parser.add_argument("--json", type=Path, help="default runs/bench_load[_small|_quick].json")
     options = parser.parse_args()
     n_rounds = options.rounds or (2 if options.quick else 5)
-    folder = options.models or (ROOT / "runs" / "synthetic-quick" if options.quick else DEFAULT)
-    paths = write_models(folder, Shape(layers=2) if options.quick else Shape())
+    folder, shape, name = LARGE_FOLDER, LARGE, "bench_load"
+    if options.quick:
+        folder, shape, name = ROOT / "runs" / "synthetic-quick", Shape(layers=2), f"{name}_quick"
+    elif options.small:
+        folder, shape, name = DEFAULT, Shape(), f"{name}_small"
+    folder = options.models or folder
+    paths = write_models(folder, shape)
     served = {STOCK: paths["bf16"]}
-    for layers in () if options.quick else _SMALLER_STOCK:
-        smaller = write_models(folder / f"layers{layers}", Shape(layers=layers), ("bf16",))
+    for layers in _SMALLER_STOCK.get(shape.layers, ()):
+        smaller = write_models(folder / f"layers{layers}", replace(shape, layers=layers), ("bf16",))
         served[f"{STOCK}, {layers} layers"] = smaller["bf16"]
-    for name, (experts, dense) in MODELS.items():
-        served[name] = compose_mix(folder / "mixed" / "+".join(experts), paths, experts, dense)
+    for formats, (experts, dense) in MODELS.items():
+        served[formats] = compose_mix(folder / "mixed" / "+".join(experts), paths, experts, dense)
     tiny = write_models(folder / "tiny", _TINY_SHAPE, ("bf16",))
     served[f"{_TINY}BF16"] = compose_mix(folder / "mixed" / "tiny", tiny, ("bf16",))
     machine = describe_machine()
@@ -277,7 +293,7 @@ def main() -> None:
     }
     for what, outcome in tried.items():
         print(f"Stock vLLM, {what}: {outcome}", flush=True)
-    file = options.json or ROOT / "runs" / f"bench_load{'_quick' * options.quick}.json"
+    file = options.json or ROOT / "runs" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     rounds, loads = [], []
     for number in range(n_rounds):

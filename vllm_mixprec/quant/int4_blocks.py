@@ -15,14 +15,12 @@ the same 32 output features.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
 from vllm_mixprec.checkpoint.packing import AWQ_ORDER, unpack
-from vllm_mixprec.checkpoint.stored import unpin
 
 Int4Layout = ops.CPUQuantAlgo
 """What int4 weights are packed from: AWQ's words or GPTQ v1's."""
@@ -34,7 +32,6 @@ _TILE_WORDS = 1 << 16  # 256 KiB of words, 1 MiB with what is made of them
 _EVEN = torch.tensor(0x0F0F0F0F, dtype=torch.int32, device="cpu")
 # How many codes of 4 bits may be added up within a byte.
 _ADDENDS = 16
-_THREADS = 4
 
 
 def pack_int4(
@@ -59,16 +56,8 @@ def pack_int4(
     )
     zeros = unpack(zero, 4, AWQ_ORDER) if awq else unpack(zero, 4) + 1
     place = block_awq if awq else block_gptq
-
-    def block(words: Tensor, points: Tensor, out: Tensor) -> None:
+    for words, points, out in zip(experts, zeros.view(-1, groups, n), blocked, strict=True):
         place(words.clone() if in_place else words, points, group_size, out)
-
-    each = experts, zeros.view(-1, groups, n), blocked
-    if len(experts) == 1 or torch.get_num_threads() > 1:
-        list(map(block, *each))
-    else:  # where OpenMP has one thread, whole experts go to the cores that it leaves idle
-        with ThreadPoolExecutor(_THREADS, initializer=unpin) as pool:
-            list(pool.map(block, *each))
     factors, points = (
         each.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
         for each, dtype in ((scale, torch.float32), (zeros, torch.int8))
