@@ -191,9 +191,17 @@ def check_order(route: Route, g_idx: torch.Tensor) -> None:
         )
 
 
-@lru_cache(maxsize=8)  # an expert's projections have few shapes, and thousands of tensors
+# What tensors are compared with: experts' projections have few shapes, and thousands of tensors.
+
+
+@lru_cache(maxsize=8)
 def _in_order(rows: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(rows, dtype=dtype, device="cpu").div(group_size, rounding_mode="floor")
+
+
+@lru_cache(maxsize=8)
+def _all(word: int, shape: torch.Size) -> torch.Tensor:
+    return torch.full(shape, word, dtype=torch.int32, device="cpu")
 
 
 def check_zeros(route: Route, qzeros: torch.Tensor) -> None:
@@ -207,7 +215,7 @@ def check_zeros(route: Route, qzeros: torch.Tensor) -> None:
     bits = route.stored.bits
     stored = (1 << (bits - 1)) - route.stored.zero_offset
     word = sum(stored << shift for shift in range(0, 32, bits))
-    if bool((qzeros != word - (word >> 31 << 32)).any()):
+    if not torch.equal(qzeros, _all(word - (word >> 31 << 32), qzeros.shape)):
         spec = route.tensors["qzeros"]
         raise RouteError(
             f"{spec.name} in {spec.file}: zero points vary though the checkpoint's config.json "

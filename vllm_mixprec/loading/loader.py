@@ -36,6 +36,7 @@ from vllm_mixprec.routing.structure import ModelDims, layer_index
 
 logger = init_logger("vllm.mixprec")
 
+_BAR_STEP_BYTES = 16 << 20
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 
 
@@ -154,9 +155,14 @@ class MixPrecLoader(BaseModelLoader):
             disable=not shown,
         )
         with bar:
+            shown_bytes = read_bytes = 0
             for spec, tensor in read_tensors(specs, rows):
                 yield names[spec.file, spec.name], tensor
-                bar.update(spec.nbytes)
+                read_bytes += spec.nbytes
+                if read_bytes - shown_bytes >= _BAR_STEP_BYTES:
+                    bar.update(read_bytes - shown_bytes)
+                    shown_bytes = read_bytes
+            bar.update(read_bytes - shown_bytes)
 
 
 def _plan_config(vllm_config: VllmConfig) -> MixPrecConfig:
