@@ -110,7 +110,7 @@ def test_all_tensors_of_a_module_are_one_rule(tmp_path: Path) -> None:
         ),
         (
             TOP + '    "lm_head": "int8"\n',
-            '9: mixed_precision.weight_mapping.lm_head: source "int8" is not among sources:',
+            '9: mixed_precision.weight_mapping.lm_head: source "int8" is not among the sources, ',
         ),
         (
             TOP + '    "re:(": "fp8"\n',
@@ -123,6 +123,18 @@ def test_all_tensors_of_a_module_are_one_rule(tmp_path: Path) -> None:
         (
             TOP.replace("fp16_path", "base_path").replace("_path: /models/FP8", "_path: /m", 1),
             "3: mixed_precision.base_path: found beside base_model_path with another path",
+        ),
+        (
+            TOP.replace("base_model_path", "base_path"),
+            "2: mixed_precision.base_path: found the base's path here, expected it as "
+            "mixed_precision.base_model_path. Move it there.",
+        ),
+        (
+            MODEL.replace("  base_path: /models/Base\n", "").replace(
+                "    fp16_path", "    base_model_path: /models/Base\n    fp16_path"
+            ),
+            "4: model.mixed_precision.base_model_path: found the base's path here, expected it as "
+            "model.base_path. Move it there.",
         ),
         ("mixed_precision: 3\n", "1: mixed_precision: found 3, expected a mapping"),
         (MODEL + "extra: 1\n", "14: extra: unknown key, expected one of model, inference, server."),
