@@ -59,6 +59,8 @@ def test_every_finding_at_once_with_place_found_expected_and_remedy(run, write_p
     # The fixture's JSON has a rule's brace on the line before its match.
     assert f"plan.yaml:{typo - 1} [rule-unmatched]" in result.out
     assert "Nearest: model.layers.*.self_attn.q_proj" in result.out
+    declared = next(number for number, line in enumerate(lines, 1) if '"fp8": {' in line)
+    assert f"plan.yaml:{declared}: source 'fp8' [source-unreadable]" in result.out
     assert "absent: no such directory" in result.out
     assert "from model.layers.0.mlp.experts to model.layers.1.mlp.experts" in result.out
     assert "The plan cannot be served" in result.out
