@@ -114,7 +114,35 @@ def test_malformed_plan_is_a_list_of_findings(run, tmp_path):
 def test_absent_plan(run, tmp_path):
     result = run("check", tmp_path / "absent.yaml")
     assert result.code == 1
-    assert "absent.yaml" in result.out and "cannot be read" in result.out
+    heading, message, verdict = result.out.splitlines()[1:]
+    assert heading == f"  {tmp_path / 'absent.yaml'} [plan-invalid]"
+    assert message == "    cannot be read (No such file or directory). Correct the plan's path."
+    assert verdict.endswith("1 error. The plan cannot be served.")
+
+
+def test_composed_directory_is_checked_by_its_plan(run, mixed_plan, tmp_path):
+    assert run("compose", mixed_plan, "-o", tmp_path / "mixed").code == 0
+    result = run("check", tmp_path / "mixed")
+    assert result.code == 0
+    assert f"{tmp_path / 'mixed' / 'mixprec_plan.yaml'}: no findings" in result.out
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["config.json", "b.yml", "a.yaml"], "Name the file: {0}/a.yaml, {0}/b.yml."),
+        (["config.json"], "It looks like a checkpoint: vllm-mixprec inspect"),
+        ([], "Correct the plan's path."),
+    ],
+)
+def test_directory_in_place_of_a_plan(run, tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    result = run("check", tmp_path)
+    assert result.code == 1
+    message = result.out.splitlines()[2].strip()
+    assert message.startswith("a directory, expected a plan's YAML file. ")
+    assert said.format(tmp_path) in message
 
 
 def test_deep_reads_the_tensors(run, write_plan, tmp_path):
