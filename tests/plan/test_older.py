@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans in the two older spellings are the same plans, and their errors say where they are."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ inference:
 server:
   port: 8080
 """
+SHOWN = re.findall(
+    r"```yaml\n(.*?)```",
+    (Path(__file__).parents[2] / "docs" / "older-plans.md").read_text(),
+    re.DOTALL,
+)
 
 
 def read(folder: Path, text: str) -> Plan:
@@ -78,13 +84,19 @@ def test_mixed_precision_in_model(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("text", [TOP, MODEL])
+@pytest.mark.parametrize("text", [TOP, MODEL, *SHOWN])
 def test_it_is_the_plan_that_it_is_rewritten_to(tmp_path: Path, text: str) -> None:
     plan = read(tmp_path, text)
     again = read(tmp_path, plan.to_yaml())
     assert again.sha256 == plan.sha256
     assert rules_of(again) == rules_of(plan)
     assert again.dropped is None
+
+
+def test_docs_show_both_spellings(tmp_path: Path) -> None:
+    first, second = (read(tmp_path, text) for text in SHOWN)
+    assert (first.dropped, second.dropped) == ((), ("inference", "server", "model.name"))
+    assert (first.base, second.base) == ("base", "base")
 
 
 def test_all_tensors_of_a_module_are_one_rule(tmp_path: Path) -> None:
