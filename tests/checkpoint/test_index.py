@@ -236,6 +236,16 @@ def test_path_that_is_no_hub_id_must_be_a_directory(tmp_path: Path, path: str) -
         resolve_path(path, None, tmp_path / "absent")
 
 
+@pytest.mark.parametrize("path", ["Qwen3-FP8", "Qwen3-FP8/deeper/still"])
+def test_path_that_is_nearly_a_directory_s_names_it(tmp_path: Path, path: str) -> None:
+    for name in ("Qwen3_FP8", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "Qwen3-FP9").touch()
+    near = re.escape(f"Nearest: {tmp_path / 'Qwen3_FP8'}. Correct the source's path.")
+    with pytest.raises(CheckpointError, match=near):
+        resolve_path(f"./{path}", None, tmp_path)
+
+
 def test_hub_id_comes_from_the_cache_when_offline(tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads its environment once, on import."""
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -243,13 +253,16 @@ def test_hub_id_comes_from_the_cache_when_offline(tmp_path: Path) -> None:
     snapshot = repo / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
+    models = tmp_path / "models"
+    (models / "owners").mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     code = (
+        "from pathlib import Path\n"
         "from vllm_mixprec.checkpoint import resolve_path\n"
         "from vllm_mixprec.errors import CheckpointError\n"
         "print(resolve_path('owner/model', 'main', None))\n"
-        "try: resolve_path('owner/absent', None, None)\n"
+        f"try: resolve_path('owner/absent', None, Path({str(models)!r}))\n"
         "except CheckpointError as error: print(error)\n"
     )
     env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PATH": ""}
@@ -258,4 +271,9 @@ def test_hub_id_comes_from_the_cache_when_offline(tmp_path: Path) -> None:
     )
     found, refused = done.stdout.splitlines()
     assert found == str(snapshot)
-    assert refused.startswith("owner/absent: no directory owner/absent, and the Hugging Face hub")
+    assert refused.startswith(
+        f"owner/absent: no directory {models}/owner/absent, and the Hugging Face hub"
+    )
+    assert refused.endswith(
+        f"Nearest: {models}/owners. Correct the path, or download the model first."
+    )

@@ -59,6 +59,8 @@ def test_every_finding_at_once_with_place_found_expected_and_remedy(run, write_p
     # The fixture's JSON has a rule's brace on the line before its match.
     assert f"plan.yaml:{typo - 1} [rule-unmatched]" in result.out
     assert "Nearest: model.layers.*.self_attn.q_proj" in result.out
+    declared = next(number for number, line in enumerate(lines, 1) if '"fp8": {' in line)
+    assert f"plan.yaml:{declared}: source 'fp8' [source-unreadable]" in result.out
     assert "absent: no such directory" in result.out
     assert "from model.layers.0.mlp.experts to model.layers.1.mlp.experts" in result.out
     assert "The plan cannot be served" in result.out
@@ -112,7 +114,35 @@ def test_malformed_plan_is_a_list_of_findings(run, tmp_path):
 def test_absent_plan(run, tmp_path):
     result = run("check", tmp_path / "absent.yaml")
     assert result.code == 1
-    assert "absent.yaml" in result.out and "cannot be read" in result.out
+    heading, message, verdict = result.out.splitlines()[1:]
+    assert heading == f"  {tmp_path / 'absent.yaml'} [plan-invalid]"
+    assert message == "    cannot be read (No such file or directory). Correct the plan's path."
+    assert verdict.endswith("1 error. The plan cannot be served.")
+
+
+def test_composed_directory_is_checked_by_its_plan(run, mixed_plan, tmp_path):
+    assert run("compose", mixed_plan, "-o", tmp_path / "mixed").code == 0
+    result = run("check", tmp_path / "mixed")
+    assert result.code == 0
+    assert f"{tmp_path / 'mixed' / 'mixprec_plan.yaml'}: no findings" in result.out
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["config.json", "b.yml", "a.yaml"], "Name the file: {0}/a.yaml, {0}/b.yml."),
+        (["config.json"], "It looks like a checkpoint: vllm-mixprec inspect"),
+        ([], "Correct the plan's path."),
+    ],
+)
+def test_directory_in_place_of_a_plan(run, tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    result = run("check", tmp_path)
+    assert result.code == 1
+    message = result.out.splitlines()[2].strip()
+    assert message.startswith("a directory, expected a plan's YAML file. ")
+    assert said.format(tmp_path) in message
 
 
 def test_deep_reads_the_tensors(run, write_plan, tmp_path):

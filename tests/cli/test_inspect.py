@@ -100,6 +100,14 @@ def test_plan_shows_source_and_format_by_layer(run, mixed_plan):
     assert any("4-7 bf16 bf16 as stored" in " ".join(row) for row in rows)
 
 
+def test_source_that_is_not_there_is_told_with_the_plan_s_line(run, write_plan, tmp_path):
+    plan = write_plan(("model.layers.0", "fp8"), fp8=tmp_path / "absent")
+    line = next(n for n, text in enumerate(plan.read_text().splitlines(), 1) if '"fp8": {' in text)
+    result = run("inspect", plan)
+    assert result.code == 1
+    assert f"{plan}:{line}: source 'fp8': {tmp_path / 'absent'}: no such directory" in result.err
+
+
 def test_plan_as_json_says_what_is_widened_and_why(run, write_plan):
     plan = write_plan(("model.layers.1.self_attn.q_proj", "fp8"))
     found = run("inspect", plan, "--json").json

@@ -21,6 +21,8 @@ SOURCES = (
     *("--source", f"int4={MODELS / 'gptq'}"),
 )
 
+OLD_PLAN = "old.yaml"  # in place of its path
+
 
 def rules_of(plan: Plan) -> list[tuple[str, str]]:
     return [(rule.match, rule.source) for rule in plan.rules]
@@ -113,13 +115,55 @@ def test_wrong_usage(run, flags, said):
 def test_kind_that_the_model_lacks(run):
     result = run("plan", "--base", "bf16", *SOURCES, "--mlp", "fp8")
     assert result.code == 1
-    assert "has no dense MLP; found" in result.err and "Leave the option" in result.err
+    assert "--mlp fp8: base 'bf16' (" in result.err
+    assert "has no dense MLP; found" in result.err and "Leave the option out" in result.err
+    assert "number" not in result.err
 
 
-def test_experts_that_the_model_lacks(run):
-    result = run("plan", "--base", "bf16", *SOURCES, "--experts", "90-99=fp8")
+def test_shared_experts_that_the_model_lacks(run):
+    result = run("plan", "--base", "bf16", *SOURCES, "--shared-experts", "int4")
     assert result.code == 1
-    assert "no routed experts 90-99" in result.err
+    assert "--shared-experts int4: base 'bf16' (" in result.err
+    assert "has no shared experts; found" in result.err
+
+
+@pytest.mark.parametrize("experts", ["90-99=fp8", "0-99=int4,fp8", "0-3=int4,4-99=bf16"])
+def test_experts_that_the_model_lacks(run, experts):
+    result = run("plan", "--base", "bf16", *SOURCES, "--experts", experts)
+    assert result.code == 1
+    flag = experts.replace("0-3=int4,", "").removesuffix(",fp8")
+    assert f"error: --experts {flag}: no expert 99 in base 'bf16' (" in result.err
+    assert "expected numbers of 0-7" in result.err
+
+
+def test_rest_of_experts_that_are_all_named(run):
+    result = run("plan", "--base", "bf16", *SOURCES, "--experts", "0-7=int4,fp8")
+    assert result.code == 1
+    assert "--experts fp8: the numbers before it take all experts of base 'bf16'" in result.err
+
+
+@pytest.mark.parametrize("options", [("--base", "bf16", *SOURCES), ("--from", OLD_PLAN)])
+def test_file_that_is_there_is_replaced_only_by_force(run, tmp_path, options):
+    old, file = tmp_path / "old.yaml", tmp_path / "plan.yaml"
+    old.write_text(f"mixed_precision: {{base_model_path: {MODELS / 'bf16'}}}\n")
+    file.write_text("by hand")
+    options = [old if option is OLD_PLAN else option for option in options]
+    result = run("plan", *options, "-o", file)
+    assert result.code == 1
+    assert f"error: {file}: there already" in result.err and "pass --force" in result.err
+    assert file.read_text() == "by hand"
+    assert run("plan", *options, "-o", file, "--force").code == 0
+    assert Plan.from_yaml(file).base in ("bf16", "base")
+
+
+def test_comment_at_a_source_begins_with_what_is_quantised(run):
+    lines = run("plan", "--base", "bf16", *SOURCES, "--experts", "fp8").out.splitlines()
+    comments = {line.split(":")[0].strip(): line.partition("# ")[2] for line in lines[5:8]}
+    assert comments == {
+        "bf16": "bf16",
+        "fp8": "fp8_block 128x128, bf16",
+        "int4": "gptq int4 g128, bf16",
+    }
 
 
 def test_output_that_cannot_be_written(run, tmp_path):
@@ -275,6 +319,27 @@ def test_older_plan_is_rewritten_for_another_folder(run, older, tmp_path):
     sources = [load_route_table(each).bytes_by_source() for each in (old, plan)]
     assert sources[0] == sources[1]
     assert run("check", new).code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("'re:q #': fp8  # not of the name\n", "1 rule; dropped: comments"),
+        ('"re:q #": fp8\n', "1 rule; nothing was dropped"),
+        ("'re: #': fp8\n    lm_head: fp8\n", "2 rules; nothing was dropped"),
+        ("{}\n#", "0 rules; dropped: comments"),
+    ],
+)
+def test_comments_are_dropped_only_where_there_are_some(run, tmp_path, text, said):
+    file = tmp_path / "old.yaml"
+    paths = f"  base_model_path: {MODELS / 'bf16'}\n  fp8_path: {MODELS / 'fp8'}\n"
+    inside = text if text[0] == "{" else f"\n    {text}"
+    file.write_text(f"mixed_precision:\n{paths}  weight_mapping: {inside}")
+    result = run("plan", "--from", file)
+    assert result.code == 0
+    assert result.err == f"{file}: {said}\n"
+    found = run("plan", "--from", file, "--json").json
+    assert found["dropped"] == (["comments"] if "comments" in said else [])
 
 
 def test_older_plan_is_checked_as_it_is_with_a_note(run, older):

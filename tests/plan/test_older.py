@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans in the two older spellings are the same plans, and their errors say where they are."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,11 @@ inference:
 server:
   port: 8080
 """
+SHOWN = re.findall(
+    r"```yaml\n(.*?)```",
+    (Path(__file__).parents[2] / "docs" / "older-plans.md").read_text(),
+    re.DOTALL,
+)
 
 
 def read(folder: Path, text: str) -> Plan:
@@ -78,13 +84,19 @@ def test_mixed_precision_in_model(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("text", [TOP, MODEL])
+@pytest.mark.parametrize("text", [TOP, MODEL, *SHOWN])
 def test_it_is_the_plan_that_it_is_rewritten_to(tmp_path: Path, text: str) -> None:
     plan = read(tmp_path, text)
     again = read(tmp_path, plan.to_yaml())
     assert again.sha256 == plan.sha256
     assert rules_of(again) == rules_of(plan)
     assert again.dropped is None
+
+
+def test_docs_show_both_spellings(tmp_path: Path) -> None:
+    first, second = (read(tmp_path, text) for text in SHOWN)
+    assert (first.dropped, second.dropped) == ((), ("inference", "server", "model.name"))
+    assert (first.base, second.base) == ("base", "base")
 
 
 def test_all_tensors_of_a_module_are_one_rule(tmp_path: Path) -> None:
@@ -110,7 +122,7 @@ def test_all_tensors_of_a_module_are_one_rule(tmp_path: Path) -> None:
         ),
         (
             TOP + '    "lm_head": "int8"\n',
-            '9: mixed_precision.weight_mapping.lm_head: source "int8" is not among sources:',
+            '9: mixed_precision.weight_mapping.lm_head: source "int8" is not among the sources, ',
         ),
         (
             TOP + '    "re:(": "fp8"\n',
@@ -123,6 +135,18 @@ def test_all_tensors_of_a_module_are_one_rule(tmp_path: Path) -> None:
         (
             TOP.replace("fp16_path", "base_path").replace("_path: /models/FP8", "_path: /m", 1),
             "3: mixed_precision.base_path: found beside base_model_path with another path",
+        ),
+        (
+            TOP.replace("base_model_path", "base_path"),
+            "2: mixed_precision.base_path: found the base's path here, expected it as "
+            "mixed_precision.base_model_path. Move it there.",
+        ),
+        (
+            MODEL.replace("  base_path: /models/Base\n", "").replace(
+                "    fp16_path", "    base_model_path: /models/Base\n    fp16_path"
+            ),
+            "4: model.mixed_precision.base_model_path: found the base's path here, expected it as "
+            "model.base_path. Move it there.",
         ),
         ("mixed_precision: 3\n", "1: mixed_precision: found 3, expected a mapping"),
         (MODEL + "extra: 1\n", "14: extra: unknown key, expected one of model, inference, server."),

@@ -140,7 +140,11 @@ def test_anchors_and_merge_keys_are_fine(tmp_path: Path) -> None:
         ("version: 1", "version: true", "1: version: found True, expected 1"),
         ("version: 1", "version: '1'", '1: version: found "1", expected 1'),
         ("version: 1\n", "", '1: no key "version", expected version, base, sources'),
-        ("base: bf16", "base: b16", '2: base: source "b16" is not among sources:.* Nearest: bf16'),
+        (
+            "base: bf16",
+            "base: b16",
+            '2: base: source "b16" is not among the sources, .* Nearest: bf16',
+        ),
         ("base: bf16", "base: [bf16]", r"2: base: found \['bf16'\], expected a string"),
         ("source: int4", "source: int8", '8: rules.0: source "int8" .* Nearest: int4'),
         ("source: int4", "sorce: int4", "8: rules.0.sorce: unknown key.* Nearest: source"),
@@ -266,7 +270,7 @@ def test_plan_from_a_dict_has_a_folder_but_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"base": "b"}, r'^plan: base: source "b" is not among sources:, expected one of a\.'),
+        ({"base": "b"}, r'^plan: base: source "b" is not among the sources, expected one of a\.'),
         ({"rules": [{"match": "{", "source": "a"}]}, r"^plan: rules\.0: match .*brace"),
         ({"rules": {"match": "x"}}, "^plan: rules: found .*, expected a list"),
         ({"extra": 1}, "^plan: extra: unknown key"),

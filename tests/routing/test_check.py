@@ -214,6 +214,12 @@ def test_rule_that_matches_nothing_names_the_nearest(models: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("match", ["attention", "*.attention", "attn"])
+def test_rule_of_one_word_names_the_component_that_is_called_so(models: Path, match: str) -> None:
+    report = check_yaml(models, f'match: "{match}", source: fp8')
+    assert "Nearest: model.layers.*.self_attn." in only(report, "rule-unmatched").message
+
+
 def test_rule_whose_numbers_are_out_of_range_says_what_there_is(models: Path) -> None:
     report = check_yaml(
         models, 'match: "**.self_attn.*", source: fp8', 'match: "model.layers.7", source: fp8'

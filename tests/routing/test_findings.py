@@ -95,4 +95,4 @@ def test_places_below_the_working_directory_are_short(
     assert rule_place(plan, 0) == f"{tmp_path}/plan.yaml:5"
     monkeypatch.chdir(tmp_path)
     assert rule_place(plan, 0) == "plan.yaml:5"
-    assert source_place(plan, "a") == "plan.yaml: source 'a'"
+    assert source_place(plan, "a") == "plan.yaml:3: source 'a'"

@@ -51,6 +51,14 @@ def test_get_and_post_answer_alike(client):
     assert client.post("expert_stats").json()["summary"]["tokens"] == 8
 
 
+def test_server_is_up_for_as_long_as_it_has_counted(client, counters):
+    """Engines begin before the API server does; a reset shortens the window alone."""
+    summary = client.get("expert_stats").json()["summary"]
+    assert summary["uptime_s"] >= summary["window"]["seconds"] == 10
+    counters.seconds = 1.0
+    assert client.get("expert_stats").json()["summary"]["uptime_s"] >= summary["uptime_s"]
+
+
 def test_minutes_reach_the_workers(client, counters):
     client.get("expert_stats", params={"minutes": 0.5})
     client.get("expert_stats")

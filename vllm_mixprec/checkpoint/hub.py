@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import RawHeader, header_length
-from vllm_mixprec.checkpoint.index import tensors_by_shard
+from vllm_mixprec.checkpoint.index import suggest_directories, tensors_by_shard
 from vllm_mixprec.checkpoint.shards import (
     HEADER_THREADS,
     SAFETENSORS,
@@ -60,7 +60,8 @@ def open_snapshot(repo_id: str, revision: str | None, directory: Path) -> Path:
 
     with _explained(
         f"{repo_id}: no directory {directory}, and the Hugging Face hub does not give revision "
-        f"{revision or 'main'}"
+        f"{revision or 'main'} of a model of that name",
+        suggest_directories(directory),
     ):
         folder = Path(
             huggingface_hub.snapshot_download(
@@ -201,7 +202,7 @@ def _request(remote: HubFile, start: int, end: int) -> tuple[bytes, int]:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, nearest: str = "") -> Iterator[None]:
     """Turn what the hub's client raises into a CheckpointError that begins with ``what``."""
     # HTTPError is what the client's transport raises, whichever library that is.
     from huggingface_hub.errors import HFValidationError, HTTPError
@@ -209,7 +210,7 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].removeprefix("Got: ").rstrip(".")
         raise CheckpointError(
-            f"{what} ({reason}). Correct the path, or download the model first."
+            f"{what} ({reason}). {nearest}Correct the path, or download the model first."
         ) from error

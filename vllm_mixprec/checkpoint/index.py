@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opens a checkpoint directory: config, shards, and the modules that their headers hold."""
 
+import difflib
 import gc
 import os
 import re
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +25,8 @@ from vllm_mixprec.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 << 20
 """Of config.json and of an index; the largest index known, of 92,000 tensors, has 9 MB."""
+
+_SIBLINGS = 10_000  # entries of a folder that are looked at for a name that was meant
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -138,7 +142,7 @@ def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | Non
     if not _HUB_ID.fullmatch(path_or_hub_id):
         raise CheckpointError(
             f"{directory}: no such directory, and {path_or_hub_id!r} is not a hub id "
-            "(owner/model). Correct the source's path."
+            f"(owner/model). {suggest_directories(directory)}Correct the source's path."
         )
     from vllm_mixprec.checkpoint.hub import open_snapshot  # it imports this module
 
@@ -162,6 +166,24 @@ def local_path(path: str, base_dir: Path | None) -> Path:
             f"{path!r}: no path of a directory ({reason}). Correct the source's path."
         ) from error
     return directory
+
+
+def suggest_directories(directory: Path) -> str:
+    """Name those beside the first folder of a path that is not there whose names are near its own.
+
+    Returns:
+        ``Nearest: /models/Qwen3-FP8. ``, or nothing where none is near.
+    """
+    while directory.parent != directory and not os.path.isdir(directory.parent):
+        directory = directory.parent
+    try:
+        with os.scandir(directory.parent) as entries:
+            names = [entry.name for entry in islice(entries, _SIBLINGS) if entry.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(directory.name, sorted(names))
+    paths = ", ".join(str(directory.parent / name) for name in near)
+    return f"Nearest: {paths}. " if near else ""
 
 
 @contextmanager

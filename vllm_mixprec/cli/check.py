@@ -16,6 +16,7 @@ from vllm_mixprec.cli.output import (
     print_json,
     print_table,
 )
+from vllm_mixprec.composition import composed_plan
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Finding, Platform, Report, check
@@ -43,7 +44,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
     )
-    parser.add_argument("plan", metavar="PLAN", type=Path, help="the plan's YAML file")
+    parser.add_argument(
+        "plan",
+        metavar="PLAN",
+        type=Path,
+        help="the plan's YAML file, or a directory made by compose",
+    )
     parser.add_argument(
         "-tp", "--tensor-parallel-size", metavar="N", type=_size, default=1, help="default: 1"
     )
@@ -94,6 +100,7 @@ def _platform(text: str) -> Platform:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the plan, print the report, return the exit code."""
+    arguments.plan = composed_plan(arguments.plan) or arguments.plan
     with nullcontext() if arguments.deep else collector_paused():
         report = _check(arguments)
         if arguments.json:
@@ -139,7 +146,9 @@ def _plan_findings(plan: Path, error: PlanError) -> tuple[Finding, ...]:
     findings = []
     for line in str(error).splitlines():
         place = _PLACE.fullmatch(line)
-        where, message = place.group("where", "message") if place else (str(plan), line)
+        where, message = str(plan), line.removeprefix(f"{plan}: ")
+        if place is not None:
+            where, message = place.group("where", "message")
         findings.append(Finding("error", "plan-invalid", where, message))
     return tuple(findings)
 

@@ -21,6 +21,14 @@ from vllm_mixprec.routing.kinds import KIND_LABELS, Kind, kind_of, layer_of, spe
 _PLAIN = re.compile(r"[A-Za-z0-9_./~@+-]+")
 
 
+_FLAGS: dict[Kind, str] = {
+    "attention": "--attention",
+    "dense_mlp": "--mlp",
+    "shared_experts": "--shared-experts",
+    "routed_experts": "--experts",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Send one kind, or some of the routed experts, to a source.
@@ -32,6 +40,12 @@ class Choice:
     source: str
     experts: frozenset[int] | None = None
     except_experts: frozenset[int] = frozenset()
+
+    @property
+    def flag(self) -> str:
+        """How the choice was made on the command line: ``--experts 0-7=int4``."""
+        numbers = "" if self.experts is None else f"{spell_ranges(self.experts)}="
+        return f"{_FLAGS[self.kind]} {numbers}{self.source}"
 
     @property
     def label(self) -> str:
@@ -55,16 +69,18 @@ def draft_rules(choice: Choice, base: Checkpoint, source: Checkpoint) -> list[Dr
     with the base, and the comment says so.
 
     Raises:
-        RouteError: the base has no such modules, or the source none of them.
+        RouteError: the base has no such modules, or fewer experts, or the source none of them.
     """
-    wanted = [module for module in base.modules.values() if _is_chosen(module, choice)]
-    label = choice.label
-    if not wanted:
-        which = f" {spell_ranges(choice.experts)}" if choice.experts is not None else ""
+    of_kind = [module for module in base.modules.values() if _is_weight(module, choice.kind)]
+    if not of_kind:
         raise RouteError(
-            f"source {base.name!r} ({base.path}): the base has no {label}{which}; found "
-            f"{_list_kinds(base)}. Leave the option for {label} out, or correct the numbers."
+            f"{choice.flag}: base {base.name!r} ({base.path}) has no {KIND_LABELS[choice.kind]}; "
+            f"found {_list_kinds(base)}. Leave the option out."
         )
+    if choice.kind == "routed_experts":
+        _require_experts(of_kind, choice, base)
+    wanted = [module for module in of_kind if _is_chosen(module, choice)]
+    label = choice.label
     found = {module.name: source.find(module.name) for module in wanted}
     held = {layer_of(name) for name, module in found.items() if module is not None}
     held -= {layer_of(name) for name, module in found.items() if module is None}
@@ -87,16 +103,37 @@ def draft_rules(choice: Choice, base: Checkpoint, source: Checkpoint) -> list[Dr
     return [DraftRule(comment if not i else "", m, source.name) for i, m in enumerate(matches)]
 
 
-def _is_chosen(module: Module, choice: Choice) -> bool:
+def _require_experts(routed: Iterable[Module], choice: Choice, base: Checkpoint) -> None:
+    """Refuse numbers that no expert of the base has, and a rest of which nothing is left."""
+    there = {expert.expert for module in routed if (expert := parse_expert(module.name))}
+    absent = (choice.experts or frozenset()) - there
+    if absent:
+        raise RouteError(
+            f"{choice.flag}: no expert {max(absent)} in base {base.name!r} ({base.path}), expected "
+            f"numbers of {spell_ranges(there)}. Correct the numbers."
+        )
+    if there <= choice.except_experts:
+        raise RouteError(
+            f"{choice.flag}: the numbers before it take all experts of base {base.name!r} "
+            f"({base.path}), {spell_ranges(there)}. Leave it out."
+        )
+
+
+def _is_weight(module: Module, kind: Kind) -> bool:
     """Whether a module is a weight matrix of the kind; norms and bare parameters are not."""
-    if kind_of(module.name) != choice.kind or len(module.shape) != 2:
+    if kind_of(module.name) != kind or len(module.shape) != 2:
         return False
-    if choice.kind != "routed_experts":
+    return kind != "routed_experts" or parse_expert(module.name) is not None
+
+
+def _is_chosen(module: Module, choice: Choice) -> bool:
+    """Whether a module of the choice's kind is none of the experts that others name."""
+    expert = parse_expert(module.name) if choice.kind == "routed_experts" else None
+    if expert is None:
         return True
-    expert = parse_expert(module.name)
-    if expert is None or expert.expert in choice.except_experts:
-        return False
-    return choice.experts is None or expert.expert in choice.experts
+    if choice.experts is None:
+        return expert.expert not in choice.except_experts
+    return expert.expert in choice.experts
 
 
 def _list_kinds(base: Checkpoint) -> str:
@@ -199,8 +236,9 @@ def write_draft(base: str, sources: Iterable[DraftSource], rules: Iterable[Draft
     ]
     for source in sources:
         revision = "" if source.revision is None else f", revision: {_scalar(source.revision)}"
-        formats = Counter(m.scheme.label for m in source.checkpoint.modules.values())
-        comment = ", ".join(formats)
+        schemes = dict.fromkeys(module.scheme for module in source.checkpoint.modules.values())
+        ordered = sorted(schemes, key=lambda scheme: not scheme.is_quantized)
+        comment = ", ".join(dict.fromkeys(scheme.label for scheme in ordered))
         entry = f"{{path: {_scalar(source.path)}{revision}}}"
         lines.append(f"  {_scalar(source.name)}: {entry}  # {comment}")
     rules = list(rules)

@@ -2,7 +2,6 @@
 """``vllm-mixprec inspect``: what a checkpoint or a plan holds, layer by layer."""
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from vllm_mixprec.cli.output import (
     print_json,
     print_table,
 )
-from vllm_mixprec.composition import PLAN_FILE, QUANT_METHOD
+from vllm_mixprec.composition import composed_plan
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import RouteTable, load_route_table
 from vllm_mixprec.routing.findings import format_bytes
@@ -58,7 +57,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Describe the source, return 1 when something in it does not fit together."""
-    plan = _find_plan(Path(arguments.source).expanduser())
+    source = Path(arguments.source).expanduser()
+    plan = source if source.is_file() else composed_plan(source)
     with Progress() as progress:
         progress("reading headers", 0, 1)
         if plan is not None:
@@ -78,20 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_checkpoint(checkpoint, problems)
     return 1 if problems else 0
-
-
-def _find_plan(source: Path) -> Path | None:
-    """Return the plan that ``source`` is or, made by compose, holds; None for a checkpoint."""
-    if source.is_file():
-        return source
-    try:
-        config = json.loads((source / "config.json").read_bytes())
-        quantization = config["quantization_config"]
-        if quantization["quant_method"] != QUANT_METHOD:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # no composed directory; opening it as a checkpoint says what is wrong
-    return source / str(quantization.get("plan", PLAN_FILE))
 
 
 def find_problems(checkpoint: Checkpoint) -> list[str]:

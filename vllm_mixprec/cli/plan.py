@@ -27,6 +27,7 @@ from vllm_mixprec.cli.output import (
 )
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan import Plan
+from vllm_mixprec.plan.yaml_file import has_comments
 from vllm_mixprec.routing import resolve
 from vllm_mixprec.routing.kinds import Kind
 
@@ -34,8 +35,9 @@ _DESCRIPTION = """\
 Write a plan that takes each kind of module from one source. What no option names comes from the
 base. The bytes that are read from each source go to stderr.
 
-With --from rewrite a plan in an older spelling (mixed_precision:) or with weight_mapping: as rules;
-what is no part of a plan is dropped and named."""
+With --from rewrite a plan in an older spelling (mixed_precision:) or with weight_mapping: as rules.
+Its sections inference: and server:, model.name, paths that are empty, and comments are dropped and
+named; any other key that is not known is an error."""
 
 _EXAMPLE = """\
 example:
@@ -96,6 +98,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", "--output", metavar="PLAN", type=Path, help="the file to write; default: stdout"
     )
+    parser.add_argument("--force", action="store_true", help="also replace a file that is there")
     return parser
 
 
@@ -135,7 +138,16 @@ def _experts(text: str) -> list[Choice]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draft the plan, write it, say what is read from where; or rewrite one."""
+    """Draft the plan, write it, say what is read from where; or rewrite one.
+
+    Raises:
+        PlanError: the output is there already; before anything is read.
+    """
+    if arguments.output is not None and not arguments.force and os.path.isfile(arguments.output):
+        raise PlanError(
+            f"{arguments.output}: there already, expected a new file. Choose another, or pass "
+            "--force to replace it."
+        )
     if arguments.older is not None:
         return _rewrite(arguments)
     if arguments.base is None or not arguments.sources:
@@ -177,6 +189,7 @@ def _rewrite(arguments: argparse.Namespace) -> int:
     if any(getattr(arguments, option) for option in options):
         arguments.parser.error("--from takes the whole plan from a file; leave the others out")
     old = Plan.from_yaml(arguments.older)
+    is_commented = has_comments(arguments.older)  # now, for it may be the file that is written
     folder = arguments.output.parent if arguments.output is not None else Path()
     sources = {
         name: {"path": _respell(source.path, arguments.older.parent, folder)}
@@ -185,13 +198,12 @@ def _rewrite(arguments: argparse.Namespace) -> int:
     }
     plan = Plan.from_dict(old.model_dump(exclude_none=True) | {"sources": sources}, folder)
     text = plan.to_yaml()
-    dropped = [*(old.dropped or ()), "comments"]
+    dropped = [*(old.dropped or ()), *(["comments"] if is_commented else [])]
     _put_out(arguments, plan, text, {"dropped": dropped})
     if not arguments.json:
-        print(
-            f"{arguments.older}: {len(plan.rules)} rules; dropped: {', '.join(dropped)}",
-            file=sys.stderr,
-        )
+        rules = f"{len(plan.rules)} rule{'s' if len(plan.rules) != 1 else ''}"
+        said = f"dropped: {', '.join(dropped)}" if dropped else "nothing was dropped"
+        print(f"{arguments.older}: {rules}; {said}", file=sys.stderr)
     return 0
 
 

@@ -25,6 +25,9 @@ from vllm_mixprec.plan.yaml_file import Location
 _BLOCK = "mixed_precision"
 _MAPPING = "weight_mapping"
 _PATH = "_path"
+_BASE_KEYS = ("base_model_path", "base_path")
+"""Of the first spelling, and of the second."""
+
 _SETTINGS = ("inference", "server")
 """What the program of those plans read, and vLLM has options for."""
 
@@ -51,12 +54,12 @@ def read_older(data: Mapping[str, Any], where: Where) -> tuple[dict[str, Any], l
     model = data.get("model")
     if _BLOCK in data:
         at: Location = (_BLOCK,)
-        base_key = "base_model_path"
+        base_key = _BASE_KEYS[0]
         _refuse_unknown(data, (_BLOCK, *_SETTINGS), (), where)
         outer = block = data[_BLOCK]
     elif isinstance(model, Mapping) and _BLOCK in model:
         at = ("model", _BLOCK)
-        base_key = "base_path"
+        base_key = _BASE_KEYS[1]
         _refuse_unknown(data, ("model", *_SETTINGS), (), where)
         _refuse_unknown(model, ("name", base_key, _BLOCK), ("model",), where)
         outer, block = model, model[_BLOCK]
@@ -77,6 +80,7 @@ def read_older(data: Mapping[str, Any], where: Where) -> tuple[dict[str, Any], l
     base, base_at = outer.get(base_key), (*(at if outer is block else at[:-1]), base_key)
     origins[("base",)] = base_at
     if not isinstance(base, str) or not base:
+        _refuse_misplaced_base(block, at, base_at, where)
         raise PlanError(
             f"{where(base_at)}: found {show(base)}, expected the path of the checkpoint that gives "
             f"config.json, tokenizer and all that {_MAPPING} does not name. Add it."
@@ -100,6 +104,18 @@ def read_older(data: Mapping[str, Any], where: Where) -> tuple[dict[str, Any], l
     dropped += ["model.name"] if outer is not block and "name" in outer else []
     dropped += [".".join(map(str, (*at, key))) for key in paths if key not in given]
     return plan, dropped
+
+
+def _refuse_misplaced_base(
+    block: Mapping[Any, Any], at: Location, base_at: Location, where: Where
+) -> None:
+    """Name the base's path where it stands as in the other spelling, and would be a source."""
+    for key in _BASE_KEYS:
+        if block.get(key) and (*at, key) != base_at:
+            raise PlanError(
+                f"{where((*at, key))}: found the base's path here, expected it as "
+                f"{'.'.join(map(str, base_at))}. Move it there."
+            )
 
 
 def _refuse_unknown(

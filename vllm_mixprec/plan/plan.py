@@ -35,6 +35,13 @@ class Source(_Schema):
     path: _Line
     revision: _Line | None = None
 
+    _line: int | None = PrivateAttr(default=None)
+
+    @property
+    def line(self) -> int | None:
+        """The source's line in the plan's file, from 1; None for a plan that has no file."""
+        return self._line
+
 
 class Options(_Schema):
     """What to do where formats or kernels do not fit."""
@@ -158,8 +165,11 @@ def _build(
         raise PlanError(join(_explain(e, where) for e in error.errors())) from None
     except PlanError:
         raise PlanError(join(_explain_patterns(data, rule_locations, where))) from None
-    for rule, location in zip(plan.rules, rule_locations, strict=True):
-        rule._line = where.line(location) if where.file is not None else None
+    if where.file is not None:
+        for name, source in plan.sources.items():
+            source._line = where.line(("sources", name))
+        for rule, location in zip(plan.rules, rule_locations, strict=True):
+            rule._line = where.line(location)
     problems = join(_unknown_sources(plan, rule_locations, where))
     if problems:
         raise PlanError(problems)
@@ -217,7 +227,7 @@ def _unknown_sources(plan: Plan, locations: list[Location], where: Where) -> Ite
     named: list[tuple[str, Location]] = [(plan.base, ("base",))]
     named += [(rule.source, location) for rule, location in zip(plan.rules, locations, strict=True)]
     return (
-        f"{where(location)}: source {show(name)} is not among sources:, expected "
+        f"{where(location)}: source {show(name)} is not among the sources, expected "
         f"{choices(name, plan.sources)}"
         for name, location in named
         if name not in plan.sources

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parses a plan's YAML, which a stranger may have written: bounded, and with line numbers."""
 
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ MAX_SCALARS = 250_000
 MAX_ALIASED_NODES = 100_000
 """How many nodes the aliases of a file may repeat: far above use, far below a "billion laughs"."""
 
+_NAMED = 3  # files that a message lists
+
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The same language; libyaml's parser is ten times as fast where PyYAML was built with it."""
 
@@ -29,18 +32,7 @@ def load_yaml(file: Path) -> tuple[Any, dict[Location, int]]:
     Returns:
         The data, and the line of each key and list item by its location in the data.
     """
-    try:
-        with open(file, "rb") as stream:
-            raw = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise PlanError(
-            f"{file}: cannot be read ({error.strerror or error}). Correct the plan's path."
-        ) from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise PlanError(
-            f"{file}: larger than {MAX_FILE_BYTES} bytes, expected a plan. Use patterns in "
-            "place of one rule for each module."
-        )
+    raw = _read(file)
     lines: dict[Location, int] = {}
     try:
         _check_depth(file, raw)
@@ -64,6 +56,55 @@ def load_yaml(file: Path) -> tuple[Any, dict[Location, int]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
         raise PlanError(f"{file}:1: not valid YAML ({reason}). Correct the file.") from error
+
+
+def has_comments(file: Path) -> bool:
+    """Whether a YAML document that was parsed has comments: a # between two of its tokens.
+
+    Raises:
+        PlanError: the file cannot be read.
+    """
+    raw = _read(file)
+    text = raw.decode("utf-16" if raw[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig")
+    end = 0
+    for token in yaml.scan(text, Loader=_SafeLoader):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = token.end_mark.index
+    return "#" in text[end:]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        with open(file, "rb") as stream:
+            raw = stream.read(MAX_FILE_BYTES + 1)
+    except IsADirectoryError as error:
+        raise PlanError(
+            f"{file}: a directory, expected a plan's YAML file. {_suggest_inside(file)}"
+        ) from error
+    except OSError as error:
+        raise PlanError(
+            f"{file}: cannot be read ({error.strerror or error}). Correct the plan's path."
+        ) from error
+    if len(raw) > MAX_FILE_BYTES:
+        raise PlanError(
+            f"{file}: larger than {MAX_FILE_BYTES} bytes, expected a plan. Use patterns in "
+            "place of one rule for each module."
+        )
+    return raw
+
+
+def _suggest_inside(directory: Path) -> str:
+    """Say what can be done with a directory that was taken for a plan."""
+    plans = sorted(path for end in ("yaml", "yml") for path in directory.glob(f"*.{end}"))
+    if plans:
+        return f"Name the file: {', '.join(map(str, plans[:_NAMED]))}."
+    if (directory / "config.json").is_file():
+        return (
+            "It looks like a checkpoint: vllm-mixprec inspect shows what it holds, vllm-mixprec "
+            "plan writes a plan that takes weights from it."
+        )
+    return "Correct the plan's path."
 
 
 def _check_depth(file: Path, raw: bytes) -> None:

@@ -24,6 +24,7 @@ from vllm_mixprec.routing.structure import layer_name
 _NEAREST = 3
 _SUGGESTED = 50  # unmatched rules that get a suggestion, which is a search of milliseconds
 _NEAREST_CUTOFF = 0.6
+_COMPONENT_CUTOFF = 0.4  # of single words such as attention and self_attn
 
 # How checkpoint/index.py words a file or tensor that is there but that the index leaves out.
 _UNREAD = re.compile(r"\bnot read\b")
@@ -373,8 +374,22 @@ def _suggest(match: str, examples: Mapping[str, tuple[str, str]]) -> str:
         return f"The base has {wanted} from {first} to {last}. {remedy}."
     nearest = difflib.get_close_matches(wanted, examples, _NEAREST, _NEAREST_CUTOFF)
     if not nearest:
+        nearest = _containers_like(wanted.rpartition(".")[2], examples)
+    if not nearest:
         nearest = [kind for kind in examples if kind.count(".") < 2][:_NEAREST]
     return f"Nearest: {', '.join(nearest)}."
+
+
+def _containers_like(word: str, kinds: Iterable[str]) -> list[str]:
+    """Return what holds modules in a layer and is called nearly so: ``self_attn`` for attention."""
+    containers: dict[str, str] = {}
+    for kind in kinds:
+        container = kind.rpartition(".")[0]
+        component = container.rpartition(".")[2]
+        if component != "*" and container.count(".") > 1:
+            containers.setdefault(component, container)
+    nearest = difflib.get_close_matches(word, containers, _NEAREST, _COMPONENT_CUTOFF)
+    return [containers[component] for component in nearest]
 
 
 def _plain_words(match: str) -> str:

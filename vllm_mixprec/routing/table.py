@@ -18,11 +18,11 @@ from vllm_mixprec.checkpoint.index import (
     open_checkpoint,
     resolve_path,
 )
-from vllm_mixprec.errors import RouteError
+from vllm_mixprec.errors import CheckpointError, RouteError, UnsupportedError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.alike import Alike, gather_alike
 from vllm_mixprec.routing.assign import assign_sources, used_sources
-from vllm_mixprec.routing.findings import Finding, FindingLog, format_bytes
+from vllm_mixprec.routing.findings import Finding, FindingLog, format_bytes, source_place
 from vllm_mixprec.routing.kernels import Platform, detect_platform
 from vllm_mixprec.routing.parallel import Placement
 from vllm_mixprec.routing.route import ExpertGroup, Layout, Route
@@ -294,5 +294,10 @@ def load_route_table(
     Raises:
         RouteError, CheckpointError, UnsupportedError: the first problem found.
     """
-    checkpoints = {name: open_source(plan, name) for name in used_sources(plan)}
+    checkpoints = {}
+    for name in used_sources(plan):
+        try:
+            checkpoints[name] = open_source(plan, name)
+        except (CheckpointError, UnsupportedError) as error:
+            raise type(error)(f"{source_place(plan, name)}: {error}") from error
     return resolve(plan, checkpoints, layout, platform, dtype)

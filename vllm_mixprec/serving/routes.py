@@ -45,9 +45,16 @@ class Service:
     model_info: bytes | None = None
     model_info_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    @property
-    def uptime_s(self) -> float:
-        return time.monotonic() - self.started_at
+    def uptime_s(self, engines: Engines) -> float:
+        """Return for how long this server has run, or has counted if that began before.
+
+        The engines count from their own start, which is before the API server's.
+        """
+        snapshots = engines.values()
+        window_s = max(s.ended_s for s in snapshots) - min(s.started_s for s in snapshots)
+        now = time.monotonic()
+        self.started_at = min(self.started_at, now - window_s)
+        return now - self.started_at
 
 
 def _service(request: Request) -> Service:
@@ -118,7 +125,7 @@ async def _expert_stats(query: StatsQuery, service: Service) -> Response:
     def describe(engines: Engines) -> bytes:
         return encode(
             describe_stats(
-                engines, top_k=query.top_k, detail=query.detail, uptime_s=service.uptime_s
+                engines, top_k=query.top_k, detail=query.detail, uptime_s=service.uptime_s(engines)
             )
         )
 
