@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled expert kernels through our op, against float32 loops over the same weights."""
 
+import threading
+import time
+
 import pytest
 import torch
 import vllm._C  # noqa: F401  registers the compiled kernels
@@ -108,11 +111,12 @@ def int4_words(layout, experts, k, n, group_size):
     return weight, torch.rand(*experts, k // group_size, n, generator=generator), zero
 
 
+@pytest.mark.parametrize("tile_words", [int4_blocks._TILE_WORDS, 1 << 16, 1 << 10])
 @pytest.mark.parametrize("layout", Int4Layout)
 @pytest.mark.parametrize(
     "experts, k, n, group_size",
     [
-        ((), 1024, 1056, 128),  # tiles of several blocks, the last tile short
+        ((), 1024, 1056, 128),  # with 1 << 16 tiles of three blocks, the last tile short
         ((3,), 256, 96, 64),
         ((2,), 512, 64, 256),  # blocks that are half a group
         ((), 96, 32, 96),
@@ -121,7 +125,10 @@ def int4_words(layout, experts, k, n, group_size):
         ((2,), 64, 2048, 32),
     ],
 )
-def test_int4_weights_are_blocked_as_vllm_blocks_them(layout, experts, k, n, group_size):
+def test_int4_weights_are_blocked_as_vllm_blocks_them(
+    layout, experts, k, n, group_size, tile_words, monkeypatch
+):
+    monkeypatch.setattr(int4_blocks, "_TILE_WORDS", tile_words)
     weight, scale, zero = int4_words(layout, experts, k, n, group_size)
     weights, zeros, scales = ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)
     found = int4_blocks.pack_int4(weight, scale, zero, layout)
@@ -140,6 +147,28 @@ def test_int4_weights_with_room_are_blocked_where_they_are(layout, group_size):
     assert found[0].data_ptr() == roomy.data_ptr() and found[0].is_contiguous()
     for one, other in zip(found, int4_blocks.pack_int4(weight, scale, zero, layout), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", Int4Layout)
+def test_experts_are_blocked_alike_by_several_threads(layout, monkeypatch):
+    weight, scale, zero = int4_words(layout, (9,), 256, 64, 64)
+    expected = int4_blocks.pack_int4(weight, scale, zero, layout)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(int4_blocks, "_THREADS", 3)
+    threads = set()
+    place = int4_blocks.block_awq if layout == Int4Layout.AWQ else int4_blocks.block_gptq
+
+    def noted(*args):
+        threads.add(threading.current_thread().name)
+        time.sleep(0.01)  # so that no thread takes them all
+        place(*args)
+
+    monkeypatch.setattr(int4_blocks, place.__name__, noted)
+    roomy = with_room(weight, 64)
+    roomy.copy_(weight)
+    found = int4_blocks.pack_int4(roomy, scale, zero, layout)
+    assert len(threads) == 3
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("layout", Int4Layout)

@@ -14,22 +14,30 @@ sum over the block's input features of code less zero point. Scales and zero poi
 the same 32 output features.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from threading import local
 
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
 from vllm_mixprec.checkpoint.packing import AWQ_ORDER, unpack
+from vllm_mixprec.checkpoint.stored import unpin
 
 Int4Layout = ops.CPUQuantAlgo
 """What int4 weights are packed from: AWQ's words or GPTQ v1's."""
 
 _BLOCK_ROWS = 32
 _BLOCK_COLUMNS = 128
-_TILE_WORDS = 1 << 16  # 256 KiB of words, 1 MiB with what is made of them
+_TILE_WORDS = 1 << 19  # 2 MiB of words, 12 with what is made of them, of a cache that cores share
+_THREADS = min(4, os.cpu_count() or 1)
 # The codes at even places of a word's eight.
 _EVEN = torch.tensor(0x0F0F0F0F, dtype=torch.int32, device="cpu")
+Scratch = dict[str, Tensor]
+
 # How many codes of 4 bits may be added up within a byte.
 _ADDENDS = 16
 
@@ -56,8 +64,20 @@ def pack_int4(
     )
     zeros = unpack(zero, 4, AWQ_ORDER) if awq else unpack(zero, 4) + 1
     place = block_awq if awq else block_gptq
-    for words, points, out in zip(experts, zeros.view(-1, groups, n), blocked, strict=True):
-        place(words.clone() if in_place else words, points, group_size, out)
+    scratch = local()  # fresh memory for every expert would cost as much time as the work
+
+    def block(words: Tensor, points: Tensor, out: Tensor) -> None:
+        made = scratch.__dict__
+        if in_place:
+            words = _take(made, "words", words.shape).copy_(words)
+        place(words, points, group_size, out, made)
+
+    each = experts, zeros.view(-1, groups, n), blocked
+    if len(experts) == 1 or torch.get_num_threads() > 1:
+        list(map(block, *each))
+    else:  # where OpenMP has one thread, whole experts go to the cores that it leaves idle
+        with ThreadPoolExecutor(_THREADS, initializer=unpin) as pool:
+            list(pool.map(block, *each))
     factors, points = (
         each.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
         for each, dtype in ((scale, torch.float32), (zeros, torch.int8))
@@ -95,7 +115,9 @@ def block_columns(group_size: int) -> int:
     return _BLOCK_COLUMNS if group_size % _BLOCK_COLUMNS == 0 else group_size
 
 
-def block_gptq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor) -> None:
+def block_gptq(
+    words: Tensor, zeros: Tensor, group_size: int, out: Tensor, scratch: Scratch
+) -> None:
     """Lay out one GPTQ weight.
 
     Args:
@@ -103,17 +125,20 @@ def block_gptq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor) -> No
         zeros: int32 (K / group_size, N), zero points as they are subtracted.
         group_size: input features that share a scale, a multiple of 8.
         out: uint8 (N / 32, K / block_k, 16 * block_k + 128), written.
+        scratch: memory of this thread, which is used again.
     """
     n, block_k = words.shape[1], block_columns(group_size)
     blocks, rows = 8 * len(words) // block_k, block_k // 8
     codes, sums = _open(out, block_k)
     # Bytes of a word: the even input features of its eight, then, apart, the odd ones.
     added = torch.empty(blocks, -(-rows // 8), n, dtype=torch.int32)
-    for block, count, low, high in _tiles(words, blocks, rows):
+    for block, count, low, high in _tiles(words, blocks, rows, scratch):
         part, last = slice(block, block + count), block + count
-        even, odd = (_pair(each.view(count * rows, n // 16, 2, 8)) for each in (low, high))
-        bytes_of = even.view(torch.uint8).to(torch.int16)
-        bytes_of.add_(odd.view(torch.uint8), alpha=256)  # even, odd, even, odd: in order
+        even, odd = (
+            _widen(scratch, name, _pair(scratch, each.view(count * rows, n // 16, 2, 8)))
+            for name, each in (("even", low), ("odd", high))
+        )
+        bytes_of = even.add_(odd, alpha=256)  # even, odd, even, odd: in order
         quads = bytes_of.view(torch.int32).view(count, rows, n // 32, 2, 8, 2)
         target = codes.view(n // 32, blocks, rows, 2, 2, 8)
         target[:, part].copy_(quads.permute(2, 0, 1, 5, 3, 4))
@@ -124,7 +149,7 @@ def block_gptq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor) -> No
     sums.copy_(_less_zeros(total, zeros, block_k).transpose(0, 1))
 
 
-def block_awq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor) -> None:
+def block_awq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor, scratch: Scratch) -> None:
     """Lay out one AWQ weight.
 
     Args:
@@ -132,16 +157,17 @@ def block_awq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor) -> Non
         zeros: int32 (K / group_size, N), zero points as they are subtracted.
         group_size: input features that share a scale, a multiple of 8.
         out: uint8 (N / 32, K / block_k, 16 * block_k + 128), written.
+        scratch: memory of this thread, which is used again.
     """
     n, block_k = 8 * words.shape[1], block_columns(group_size)
     blocks = len(words) // block_k
     codes, sums = _open(out, block_k)
     # Output features of a word's bytes: 0, 4, 1, 5 at even places, 2, 6, 3, 7 at odd ones.
     added = torch.zeros(2, blocks, n // 8 * 4, dtype=torch.int32)
-    for block, count, low, high in _tiles(words, blocks, block_k):
+    for block, count, low, high in _tiles(words, blocks, block_k, scratch):
         part = slice(block, block + count)
         for place, each in enumerate((low, high)):
-            pair = _pair(each.view(count * block_k, n // 16, 2))
+            pair = _pair(scratch, each.view(count * block_k, n // 16, 2))
             quads = pair.view(torch.uint8).view(count * block_k // 4, 4, n // 4)
             first, second = (quads[:, row].to(torch.int16) for row in (0, 2))
             first.add_(quads[:, 1], alpha=256)
@@ -165,25 +191,45 @@ def _open(out: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
     return words[..., : 4 * block_k], words[..., 4 * block_k :]
 
 
-def _tiles(words: Tensor, blocks: int, rows: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _tiles(
+    words: Tensor, blocks: int, rows: int, scratch: Scratch
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Yield (first block, blocks, codes at even places, codes at odd places), each byte a code.
 
     The two tensors of codes are int32 (blocks * rows, columns) and good until the next.
     """
     columns = words.shape[1]
-    count = max(_TILE_WORDS * torch.get_num_threads() // (rows * columns), 1)
-    low, high = (torch.empty(count * rows, columns, dtype=torch.int32) for _ in range(2))
+    count = max(_TILE_WORDS // (rows * columns), 1)
     for block in range(0, blocks, count):
         some = min(count, blocks - block)
         tile = words[block * rows : (block + some) * rows]
-        even = torch.bitwise_and(tile, _EVEN, out=low[: some * rows])
-        odd = torch.bitwise_right_shift(tile, 4, out=high[: some * rows]).bitwise_and_(_EVEN)
-        yield block, some, even, odd
+        low, high = (_take(scratch, name, tile.shape) for name in ("low", "high"))
+        torch.bitwise_and(tile, _EVEN, out=low)
+        torch.bitwise_right_shift(tile, 4, out=high).bitwise_and_(_EVEN)
+        yield block, some, low, high
 
 
-def _pair(codes: Tensor) -> Tensor:
-    """Put the codes of output features j and j + 8 into one byte."""
-    return torch.add(codes[:, :, 0], codes[:, :, 1], alpha=16)
+def _pair(scratch: Scratch, codes: Tensor) -> Tensor:
+    """Put the codes of output features j and j + 8 into one byte; good until the next."""
+    first, second = codes[:, :, 0], codes[:, :, 1]
+    return torch.add(first, second, alpha=16, out=_take(scratch, "pair", first.shape))
+
+
+def _widen(scratch: Scratch, name: str, words: Tensor) -> Tensor:
+    """Return the bytes of words, each an int16."""
+    each = words.view(torch.uint8)
+    return _take(scratch, name, each.shape, torch.int16).copy_(each)
+
+
+def _take(
+    scratch: Scratch, name: str, shape: Sequence[int], dtype: torch.dtype = torch.int32
+) -> Tensor:
+    """Return memory of a name, the same for every call that asks for no more than one before."""
+    size = prod(shape)
+    held = scratch.get(name)
+    if held is None or held.numel() < size:
+        held = scratch[name] = torch.empty(size, dtype=dtype)
+    return held[:size].view(shape)
 
 
 def _add_bytes(words: Tensor) -> Tensor:
