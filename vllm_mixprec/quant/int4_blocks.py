@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-from vllm_mixprec.checkpoint.packing import AWQ_ORDER, unpack
+from vllm_mixprec.checkpoint.packing import AWQ_ORDER
 from vllm_mixprec.checkpoint.stored import unpin
 
 Int4Layout = ops.CPUQuantAlgo
@@ -62,7 +62,7 @@ def pack_int4(
     blocked = room.view(torch.uint8).view(
         len(experts), n // _BLOCK_ROWS, -1, 16 * block_columns(group_size) + 128
     )
-    zeros = unpack(zero, 4, AWQ_ORDER) if awq else unpack(zero, 4) + 1
+    zeros = _zero_points(zero, awq)
     place = block_awq if awq else block_gptq
     scratch = local()  # fresh memory for every expert would cost as much time as the work
 
@@ -73,16 +73,28 @@ def pack_int4(
         place(words, points, group_size, out, made)
 
     each = experts, zeros.view(-1, groups, n), blocked
+
+    def regroup(stored: Tensor, dtype: torch.dtype) -> Tensor:
+        return stored.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
+
     if len(experts) == 1 or torch.get_num_threads() > 1:
         list(map(block, *each))
+        factors, points = regroup(scale, torch.float32), regroup(zeros, torch.int8)
     else:  # where OpenMP has one thread, whole experts go to the cores that it leaves idle
         with ThreadPoolExecutor(_THREADS, initializer=unpin) as pool:
-            list(pool.map(block, *each))
-    factors, points = (
-        each.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
-        for each, dtype in ((scale, torch.float32), (zeros, torch.int8))
-    )
+            blocks = pool.map(block, *each)
+            factors, points = regroup(scale, torch.float32), regroup(zeros, torch.int8)
+            list(blocks)
     return (blocked if weight.dim() == 3 else blocked[0]), factors, points
+
+
+def _zero_points(words: Tensor, awq: bool) -> Tensor:
+    """Return int8 (..., N), what is subtracted, of int32 (..., N / 8) as checkpoints pack it."""
+    pairs = words.view(torch.uint8)
+    codes = torch.stack((pairs & 15, pairs >> 4), -1).view(*words.shape, 8)
+    if awq:
+        return codes[..., list(AWQ_ORDER)].flatten(-2).view(torch.int8)
+    return codes.flatten(-2).view(torch.int8).add_(1)
 
 
 def with_room(words: Tensor, group_size: int) -> Tensor:
@@ -122,7 +134,7 @@ def block_gptq(
 
     Args:
         words: int32 (K / 8, N): eight input features a word, the first lowest.
-        zeros: int32 (K / group_size, N), zero points as they are subtracted.
+        zeros: int8 (K / group_size, N), zero points as they are subtracted.
         group_size: input features that share a scale, a multiple of 8.
         out: uint8 (N / 32, K / block_k, 16 * block_k + 128), written.
         scratch: memory of this thread, which is used again.
@@ -154,7 +166,7 @@ def block_awq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor, scratc
 
     Args:
         words: int32 (K, N / 8): eight output features a word, in AWQ's order.
-        zeros: int32 (K / group_size, N), zero points as they are subtracted.
+        zeros: int8 (K / group_size, N), zero points as they are subtracted.
         group_size: input features that share a scale, a multiple of 8.
         out: uint8 (N / 32, K / block_k, 16 * block_k + 128), written.
         scratch: memory of this thread, which is used again.
@@ -240,5 +252,5 @@ def _add_bytes(words: Tensor) -> Tensor:
 
 def _less_zeros(sums: Tensor, zeros: Tensor, block_k: int) -> Tensor:
     """Return int32 (blocks, N / 32, 32): sums of codes, less the zero point of each."""
-    each = zeros.repeat_interleave(len(sums) // len(zeros), 0)
+    each = zeros.to(torch.int32).repeat_interleave(len(sums) // len(zeros), 0)
     return (sums - each * block_k).view(len(sums), -1, _BLOCK_ROWS)
