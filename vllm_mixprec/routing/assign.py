@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, reduce
@@ -17,14 +16,12 @@ from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.plan.patterns import Siblings, gather_siblings, numbered_braces
 from vllm_mixprec.plan.plan import Plan
-from vllm_mixprec.routing.findings import FindingLog, Level, generalise, rule_place
+from vllm_mixprec.routing.findings import FindingLog, Level, rule_place
 from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.structure import layer_name
+from vllm_mixprec.routing.suggestions import example_names, suggest
 
-_NEAREST = 3
 _SUGGESTED = 50  # unmatched rules that get a suggestion, which is a search of milliseconds
-_NEAREST_CUTOFF = 0.6
-_COMPONENT_CUTOFF = 0.4  # of single words such as attention and self_attn
 
 # How checkpoint/index.py words a file or tensor that is there but that the index leaves out.
 _UNREAD = re.compile(r"\bnot read\b")
@@ -301,11 +298,9 @@ def _report_rules(
         bit = 1 << index
         if not matched & bit:
             names = (name for some in siblings for name in some.names)
-            examples = examples or _example_names(names)
+            examples = examples or example_names(names)
             unmatched += 1
-            suggestion = (
-                _suggest(rule.match, examples) if unmatched <= _SUGGESTED else "Correct it."
-            )
+            suggestion = suggest(rule.match, examples) if unmatched <= _SUGGESTED else "Correct it."
             log.add(
                 "error",
                 "rule-unmatched",
@@ -349,53 +344,3 @@ def _report_reach(
                 f"matches is {example}. Write no number above {last}.",
                 noun="rules",
             )
-
-
-def _example_names(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Return every kind of name, parents too: ``model.layers.*`` -> its first and last one."""
-    examples: dict[str, tuple[str, str]] = {}
-    for module in modules:
-        kind, name = generalise(module), module
-        while kind:
-            first, _ = examples.get(kind, (name, name))
-            examples[kind] = (first, name)
-            kind, name = kind.rpartition(".")[0], name.rpartition(".")[0]
-    return dict(sorted(examples.items()))
-
-
-def _suggest(match: str, examples: Mapping[str, tuple[str, str]]) -> str:
-    """Name the modules that a pattern without a match may have meant."""
-    wanted = _plain_words(match)
-    if wanted in examples:
-        first, last = examples[wanted]
-        remedy = "Correct the numbers"
-        if match.startswith("re:"):
-            remedy += r", or let it match whole names: modules below a parent need \..* at the end"
-        return f"The base has {wanted} from {first} to {last}. {remedy}."
-    nearest = difflib.get_close_matches(wanted, examples, _NEAREST, _NEAREST_CUTOFF)
-    if not nearest:
-        nearest = _containers_like(wanted.rpartition(".")[2], examples)
-    if not nearest:
-        nearest = [kind for kind in examples if kind.count(".") < 2][:_NEAREST]
-    return f"Nearest: {', '.join(nearest)}."
-
-
-def _containers_like(word: str, kinds: Iterable[str]) -> list[str]:
-    """Return what holds modules in a layer and is called nearly so: ``self_attn`` for attention."""
-    containers: dict[str, str] = {}
-    for kind in kinds:
-        container = kind.rpartition(".")[0]
-        component = container.rpartition(".")[2]
-        if component != "*" and container.count(".") > 1:
-            containers.setdefault(component, container)
-    nearest = difflib.get_close_matches(word, containers, _NEAREST, _COMPONENT_CUTOFF)
-    return [containers[component] for component in nearest]
-
-
-def _plain_words(match: str) -> str:
-    """Spell a pattern as ``generalise`` spells names, to compare it with them."""
-    if match.startswith("re:"):
-        return re.sub(r"\[[^]]*\][*+]?|\([^)]*\)|\\d\+?|\.\*", "*", match[3:]).replace("\\", "")
-    words = re.sub(r"\{([^{}]*)\}", lambda m: m[1].split(",")[0], match)
-    words = re.sub(r"(?<=\.)\d+(-\d+)?(?=\.|$)", "*", words)
-    return words.removesuffix(".weight")
