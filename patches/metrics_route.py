@@ -3,7 +3,7 @@
 
 ``attach_router`` (entrypoints/serve/instrumentator/metrics.py, vLLM 0.32 and 0.33) answers with
 ``generate_latest`` alone, which knows no text that is ready. Ten thousand series of experts take it
-a tenth of a second, in the process that streams the tokens.
+a tenth of a second, in the process that streams the tokens; vLLM's own take it four milliseconds.
 """
 
 import functools
@@ -14,7 +14,8 @@ from starlette.routing import Mount, Route
 from vllm.entrypoints.serve.instrumentator import metrics
 from vllm.logger import init_logger
 
-from vllm_mixprec.experts.exposition import AppendSeries, metrics_route_missing
+from vllm_mixprec.experts.exposition import metrics_route_missing
+from vllm_mixprec.experts.scrapes import Scrapes
 from vllm_mixprec.patches import Patch
 
 logger = init_logger("vllm.mixprec")
@@ -33,7 +34,7 @@ def _attach_router(app: FastAPI) -> None:
     if not routes:
         logger.warning(metrics_route_missing(), f"vLLM answers {_PATH} by no route that is known")
     for route in routes:
-        route.app = AppendSeries(route.app)
+        route.app = Scrapes(route.app)
 
 
 def needed() -> bool:
@@ -50,7 +51,7 @@ PATCH = Patch(
     name="metrics_route",
     issues=(),
     broken="/metrics formats every series anew for every scrape",
-    mended="the experts' series are formatted once, when they changed, and appended",
+    mended="experts' series are formatted when they changed; scrapes of one moment share an answer",
     needed=needed,
     apply=apply,
     remove_when="vLLM exports the experts' counts itself",

@@ -22,6 +22,7 @@ from synthetic import Shape
 MAX_MODEL_LEN = 1024
 PROMPT = 16
 _KV_BYTES = 1 << 30
+_READY_S = 120.0
 _VARIABLE = "VLLM_MIXPREC_EXPERT_METRICS"
 _PLUGINS = "mixprec,mixprec_metrics,mixprec_endpoints"
 
@@ -155,10 +156,13 @@ class Scrapers:
         context = multiprocessing.get_context("spawn")
         self._on = context.Value("b", 0)
         self._counts = context.Array("q", 3)  # answered, failed, bytes
+        ready = context.Event()
         self._process = context.Process(
-            target=_scrape, args=(list(urls), every_s, self._on, self._counts), daemon=True
+            target=_scrape, args=(list(urls), every_s, self._on, self._counts, ready), daemon=True
         )
         self._process.start()
+        if not ready.wait(_READY_S):
+            raise SystemExit(f"the scrapers' process did not begin within {_READY_S:.0f} s")
 
     @property
     def on(self) -> bool:
@@ -175,9 +179,11 @@ class Scrapers:
         return dict(zip(("scrapes", "failed", "bytes"), self._counts, strict=True))
 
 
-def _scrape(urls: list[str], every_s: float, on: Any, counts: Any) -> None:
+def _scrape(urls: list[str], every_s: float, on: Any, counts: Any, ready: Any) -> None:
     async def run() -> None:
         import aiohttp
+
+        ready.set()
 
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:

@@ -13,13 +13,13 @@ from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_lates
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_mixprec.experts.exposition import (
-    SENT_BYTES,
     SLICE_SERIES,
     CounterFamily,
     PublishedText,
     share_text,
     unregister_metrics,
 )
+from vllm_mixprec.experts.scrapes import SENT_BYTES
 from vllm_mixprec.patches import metrics_route
 
 NAME = "mixprec_test_activations"

@@ -4,12 +4,13 @@
 ``prometheus_client`` writes each series on its own, and formats every sample anew for every scrape,
 about ten microseconds each, with the interpreter's lock held that the tokens' front end needs. Here
 a poll hands over whole rows of numbers, and nothing is formatted until somebody scrapes: then what
-changed is, a row in one go, and :class:`AppendSeries` puts the text behind what vLLM answers.
+changed is, a row in one go, and :mod:`.scrapes` puts the text behind what vLLM answers.
 """
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SLICE_SERIES = 1024  # formatted before the event loop gets its turn; about 100 microseconds
-SENT_BYTES = 1 << 16  # handed to a connection at a time, so that a slow reader is waited for
 
 _STORE = "mixprec_series.txt"
-_appended: ContextVar[bool] = ContextVar("appended", default=False)
+_left_out: ContextVar[bool] = ContextVar("left_out", default=False)
 _registered: dict[CollectorRegistry, dict[str, Any]] = {}
 
 
@@ -83,7 +81,7 @@ class _Edition:
 class CounterFamily:
     """A counter of many series, without the ``_created`` twin of each.
 
-    A collector as any other, too, for scrapes that :class:`AppendSeries` does not see.
+    A collector as any other, too, for scrapes that :mod:`.scrapes` does not see.
 
     Args:
         name: without ``_total``.
@@ -139,13 +137,23 @@ class CounterFamily:
         return [CounterMetricFamily(self._name, self._about, labels=self._labels)]
 
     def collect(self) -> Iterable[Metric]:
-        if _appended.get():
+        if _left_out.get():
             return
         metric = CounterMetricFamily(self._name, self._about, labels=self._labels)
         for lines in self._edition.lines.values():
             for number, value in zip(lines.form.ids, lines.values.tolist(), strict=True):
                 metric.add_metric([*lines.form.shared, str(number)], value)
         yield metric
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """While the body runs, families are no part of their registry: their text comes otherwise."""
+    token = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(token)
 
 
 def _escape(value: str) -> str:
@@ -228,52 +236,3 @@ class PublishedText:
         except FileNotFoundError:  # nothing was polled so far
             return b""
         return self._text
-
-
-class AppendSeries:
-    """Answers for vLLM's ``/metrics``: what it answers, and the families' text behind that."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self._published = PublishedText()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        text = await self._published.read() if scope["type"] == "http" else b""
-        if not text:
-            await self._app(scope, receive, send)
-            return
-        served = False
-
-        async def send_both(message: Message) -> None:
-            nonlocal served
-            if message["type"] == "http.response.start":
-                served = message["status"] == 200
-                headers = MutableHeaders(raw=list(message["headers"]))
-                if served and "content-length" in headers:
-                    length = int(headers["content-length"]) + len(text)
-                    headers["content-length"] = str(length)
-                await send({**message, "headers": headers.raw})
-            elif served and not message.get("more_body", False):
-                await send({**message, "more_body": True})
-                async for part in _cut(text):
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-            else:
-                await send(message)
-
-        # Not compressed, nor in the format that ends with a line of its own.
-        kept = Headers(scope=scope).raw
-        plain = [(name, value) for name, value in kept if name not in _NEGOTIATED]
-        token = _appended.set(True)
-        try:
-            await self._app({**scope, "headers": plain}, receive, send_both)
-        finally:
-            _appended.reset(token)
-
-
-_NEGOTIATED = (b"accept-encoding", b"accept")
-
-
-async def _cut(text: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(text), SENT_BYTES):
-        yield text[start : start + SENT_BYTES]

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers ``/metrics``: what vLLM answers, and the experts' text behind it.
+
+vLLM formats all of its samples anew for every scrape, four milliseconds in the process that streams
+the tokens. Here those who scrape at about the same time get one answer, and formatting rests after
+it is done: it has a share of the time, however many ask and however often.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vllm_mixprec.experts.exposition import PublishedText, left_out
+
+SENT_BYTES = 1 << 16  # handed to a connection at a time, so that a slow reader is waited for
+_REST = 49  # times as long as formatting took, it rests: a fiftieth of the time is its
+_LONGEST_REST_S = 0.2
+
+# Not compressed, nor in the format that ends with a line of its own.
+_NEGOTIATED = (b"accept-encoding", b"accept")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+    async def send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status, "headers": self.headers}
+        await send(start)
+        for part in self._parts():
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _parts(self) -> Iterator[bytes]:
+        for start in range(0, len(self.body), SENT_BYTES):
+            yield self.body[start : start + SENT_BYTES]
+
+
+class Scrapes:
+    """Stands around the app that answers vLLM's ``/metrics``.
+
+    A scrape waits for formatting that has not begun, so no answer is older than its question; at
+    most ``_LONGEST_REST_S``, and what formatting itself takes. A lone scraper never waits.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._published = PublishedText()
+        self._to_come: dict[tuple[str, bytes], asyncio.Task[_Answer]] = {}
+        self._turn = asyncio.Lock()
+        self._rested_at = 0.0  # of the monotonic clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "GET":
+            await self._app(scope, receive, send)
+            return
+        question = scope["path"], scope["query_string"]
+        answer = self._to_come.get(question)
+        if answer is None:
+            answer = asyncio.create_task(self._take_turn(question, scope))
+            answer.add_done_callback(_retrieve)
+            self._to_come[question] = answer
+        # A scraper that goes away does not end the others' answer.
+        await (await asyncio.shield(answer)).send(send)
+
+    async def _take_turn(self, question: tuple[str, bytes], scope: Scope) -> _Answer:
+        async with self._turn:
+            await asyncio.sleep(max(0.0, self._rested_at - time.monotonic()))
+            del self._to_come[question]
+            begun = time.monotonic()
+            try:
+                return await self._make(scope)
+            finally:
+                ended = time.monotonic()
+                self._rested_at = ended + min(_REST * (ended - begun), _LONGEST_REST_S)
+
+    async def _make(self, scope: Scope) -> _Answer:
+        text = await self._published.read()
+        status, headers, parts = 500, [], []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def keep(message: Message) -> None:
+            nonlocal status, headers
+            if message["type"] == "http.response.start":
+                status, headers = message["status"], list(message.get("headers", ()))
+            else:
+                parts.append(message.get("body", b""))
+
+        if text:
+            kept = Headers(scope=scope).raw
+            plain = [(name, value) for name, value in kept if name not in _NEGOTIATED]
+            with left_out():
+                await self._app({**scope, "headers": plain}, receive, keep)
+            if status == 200:
+                parts.append(text)
+        else:
+            await self._app(dict(scope), receive, keep)
+        body = b"".join(parts)
+        kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+        return _Answer(status, (*kept, (b"content-length", str(len(body)).encode())), body)
+
+
+def _retrieve(answer: "asyncio.Task[Any]") -> None:
+    if not answer.cancelled():
+        answer.exception()  # or asyncio logs it as never retrieved when all scrapers left
