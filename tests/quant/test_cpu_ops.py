@@ -155,6 +155,7 @@ def test_experts_are_blocked_alike_by_several_threads(layout, monkeypatch):
     expected = int4_blocks.pack_int4(weight, scale, zero, layout)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(int4_blocks, "_THREADS", 3)
+    monkeypatch.setattr(int4_blocks, "_TILE_WORDS", weight[0].numel())  # one expert at a time
     threads = set()
     place = int4_blocks.block_awq if layout == Int4Layout.AWQ else int4_blocks.block_gptq
 

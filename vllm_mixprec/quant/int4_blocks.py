@@ -36,6 +36,7 @@ _TILE_WORDS = 1 << 19  # 2 MiB of words, 12 with what is made of them, of a cach
 _THREADS = min(4, os.cpu_count() or 1)
 # The codes at even places of a word's eight.
 _EVEN = torch.tensor(0x0F0F0F0F, dtype=torch.int32, device="cpu")
+_RUN = torch.complex128  # four int32 that are moved together
 Scratch = dict[str, Tensor]
 
 # How many codes of 4 bits may be added up within a byte.
@@ -53,6 +54,8 @@ def pack_int4(
     """
     awq = layout == Int4Layout.AWQ
     experts = weight[None] if weight.dim() == 2 else weight
+    if experts.stride(-1) != 1:
+        experts = experts.contiguous()
     groups, n = scale.shape[-2:]
     group_size = experts.shape[1] * (1 if awq else 8) // groups
     room = _room_of(experts, group_size)
@@ -66,25 +69,29 @@ def pack_int4(
     place = block_awq if awq else block_gptq
     scratch = local()  # fresh memory for every expert would cost as much time as the work
 
-    def block(words: Tensor, points: Tensor, out: Tensor) -> None:
-        made = scratch.__dict__
-        if in_place:
-            words = _take(made, "words", words.shape).copy_(words)
-        place(words, points, group_size, out, made)
+    size = max(_TILE_WORDS // experts[0].numel(), 1)  # experts that are blocked at a time
+    batches = [tensor.split(size) for tensor in (experts, zeros.view(-1, groups, n), blocked)]
+    to_come = iter(list(zip(*batches, strict=True)))  # a list's, which threads may share
 
-    each = experts, zeros.view(-1, groups, n), blocked
+    def block_the_rest() -> None:
+        made = scratch.__dict__
+        for words, points, out in to_come:
+            if in_place and words.numel() > _TILE_WORDS:  # a lone tile is read before it is written
+                words = _take(made, "words", words.shape).copy_(words)
+            place(words, points, group_size, out, made)
 
     def regroup(stored: Tensor, dtype: torch.dtype) -> Tensor:
         return stored.unflatten(-1, (-1, _BLOCK_ROWS)).transpose(-3, -2).to(dtype).contiguous()
 
     if len(experts) == 1 or torch.get_num_threads() > 1:
-        list(map(block, *each))
+        block_the_rest()
         factors, points = regroup(scale, torch.float32), regroup(zeros, torch.int8)
     else:  # where OpenMP has one thread, whole experts go to the cores that it leaves idle
         with ThreadPoolExecutor(_THREADS, initializer=unpin) as pool:
-            blocks = pool.map(block, *each)
+            threads = [pool.submit(block_the_rest) for _ in range(_THREADS)]
             factors, points = regroup(scale, torch.float32), regroup(zeros, torch.int8)
-            list(blocks)
+            for thread in threads:
+                thread.result()
     return (blocked if weight.dim() == 3 else blocked[0]), factors, points
 
 
@@ -130,100 +137,103 @@ def block_columns(group_size: int) -> int:
 def block_gptq(
     words: Tensor, zeros: Tensor, group_size: int, out: Tensor, scratch: Scratch
 ) -> None:
-    """Lay out one GPTQ weight.
+    """Lay out GPTQ weights of experts.
 
     Args:
-        words: int32 (K / 8, N): eight input features a word, the first lowest.
-        zeros: int8 (K / group_size, N), zero points as they are subtracted.
+        words: int32 (experts, K / 8, N): eight input features a word, the first lowest.
+        zeros: int8 (experts, K / group_size, N), zero points as they are subtracted.
         group_size: input features that share a scale, a multiple of 8.
-        out: uint8 (N / 32, K / block_k, 16 * block_k + 128), written.
+        out: uint8 (experts, N / 32, K / block_k, 16 * block_k + 128), written.
         scratch: memory of this thread, which is used again.
     """
-    n, block_k = words.shape[1], block_columns(group_size)
-    blocks, rows = 8 * len(words) // block_k, block_k // 8
+    experts, n, block_k = len(words), words.shape[2], block_columns(group_size)
+    blocks, rows = 8 * words.shape[1] // block_k, block_k // 8
     codes, sums = _open(out, block_k)
-    # Bytes of a word: the even input features of its eight, then, apart, the odd ones.
-    added = torch.empty(blocks, -(-rows // 8), n, dtype=torch.int32)
-    for block, count, low, high in _tiles(words, blocks, rows, scratch):
-        part, last = slice(block, block + count), block + count
+    # The four input features k of a word's lower half, then of its upper one, for 16 features each.
+    quads = codes.view(_RUN).unflatten(-1, (rows, 2, 4))
+    added = torch.empty(2, -(-rows // _ADDENDS), 2, experts, blocks, n // 2, dtype=torch.int32)
+    for block, count, tile in _tiles(words, blocks, rows):
+        part = slice(block, block + count)
+        # Output features j apart from j + 8: all that follows works on contiguous memory.
+        high = _take(scratch, "high", (2, experts, count, rows, n // 2))
+        runs = tile.view(_RUN).unflatten(-1, (n // 16, 2, 2)).permute(3, 0, 1, 2, 4)
+        high.view(_RUN).view(runs.shape).copy_(runs)
+        low = torch.bitwise_and(high, _EVEN, out=_take(scratch, "low", high.shape))
+        high.bitwise_right_shift_(4).bitwise_and_(_EVEN)
+        for place, each in enumerate((low, high)):
+            for number, some in enumerate(each.split(_ADDENDS, 3)):
+                torch.sum(some, 3, dtype=torch.int32, out=added[place, number, :, :, part])
+        pair = _take(scratch, "pair", high.shape[1:])
         even, odd = (
-            _widen(scratch, name, _pair(scratch, each.view(count * rows, n // 16, 2, 8)))
+            _widen(scratch, name, torch.add(each[0], each[1], alpha=16, out=pair))
             for name, each in (("even", low), ("odd", high))
         )
-        bytes_of = even.add_(odd, alpha=256)  # even, odd, even, odd: in order
-        quads = bytes_of.view(torch.int32).view(count, rows, n // 32, 2, 8, 2)
-        target = codes.view(n // 32, blocks, rows, 2, 2, 8)
-        target[:, part].copy_(quads.permute(2, 0, 1, 5, 3, 4))
-        low.add_(high)
-        for number, some in enumerate(low.view(count, rows, n).split(_ADDENDS // 2, 1)):
-            torch.sum(some, 1, dtype=torch.int32, out=added[block:last, number])
-    total = _add_bytes(added).sum(1, dtype=torch.int32)
-    sums.copy_(_less_zeros(total, zeros, block_k).transpose(0, 1))
+        in_order = even.add_(odd, alpha=256).view(torch.int64)
+        for half in range(2):
+            pair.copy_(in_order if half == 0 else in_order.bitwise_right_shift_(32))
+            run = pair.view(_RUN).unflatten(-1, (n // 32, 4))
+            quads[:, :, part, :, half].copy_(run.permute(0, 3, 1, 2, 4))
+    lanes = (added & 0x00FF00FF).add_((added >> 8).bitwise_and_(0x00FF00FF))
+    total = _add_lanes(lanes.sum((0, 1), dtype=torch.int32)).unflatten(-1, (-1, 8))
+    _write_sums(sums, total.permute(1, 2, 3, 0, 4), zeros, block_k)
 
 
 def block_awq(words: Tensor, zeros: Tensor, group_size: int, out: Tensor, scratch: Scratch) -> None:
-    """Lay out one AWQ weight.
+    """Lay out AWQ weights of experts.
 
     Args:
-        words: int32 (K, N / 8): eight output features a word, in AWQ's order.
-        zeros: int8 (K / group_size, N), zero points as they are subtracted.
+        words: int32 (experts, K, N / 8): eight output features a word, in AWQ's order.
+        zeros: int8 (experts, K / group_size, N), zero points as they are subtracted.
         group_size: input features that share a scale, a multiple of 8.
-        out: uint8 (N / 32, K / block_k, 16 * block_k + 128), written.
+        out: uint8 (experts, N / 32, K / block_k, 16 * block_k + 128), written.
         scratch: memory of this thread, which is used again.
     """
-    n, block_k = 8 * words.shape[1], block_columns(group_size)
-    blocks = len(words) // block_k
+    experts, n, block_k = len(words), 8 * words.shape[2], block_columns(group_size)
+    blocks = words.shape[1] // block_k
     codes, sums = _open(out, block_k)
+    quads_of = codes.unflatten(-1, (block_k // 4, 2, 2, 2, 2))
     # Output features of a word's bytes: 0, 4, 1, 5 at even places, 2, 6, 3, 7 at odd ones.
-    added = torch.zeros(2, blocks, n // 8 * 4, dtype=torch.int32)
-    for block, count, low, high in _tiles(words, blocks, block_k, scratch):
+    added = torch.zeros(2, experts, blocks, n // 8 * 4, dtype=torch.int32)
+    for block, count, tile in _tiles(words, blocks, block_k):
         part = slice(block, block + count)
+        low, high = (_take(scratch, name, tile.shape) for name in ("low", "high"))
+        torch.bitwise_and(tile, _EVEN, out=low)
+        torch.bitwise_right_shift(tile, 4, out=high).bitwise_and_(_EVEN)
         for place, each in enumerate((low, high)):
-            pair = _pair(scratch, each.view(count * block_k, n // 16, 2))
-            quads = pair.view(torch.uint8).view(count * block_k // 4, 4, n // 4)
+            pair = _pair(scratch, each.unflatten(-1, (n // 16, 2)))
+            quads = pair.view(torch.uint8).view(-1, 4, n // 4)
             first, second = (quads[:, row].to(torch.int16) for row in (0, 2))
             first.add_(quads[:, 1], alpha=256)
             second.add_(quads[:, 3], alpha=256)
             # Two's complement: the upper half is shifted, the lower one loses its sign.
             words_of = second.to(torch.int32).bitwise_left_shift_(16)
             words_of.bitwise_or_(first.to(torch.int32).bitwise_and_(0xFFFF))
-            ordered = words_of.view(count, block_k // 4, n // 32, 2, 2, 2)
-            target = codes.view(n // 32, blocks, block_k // 4, 2, 2, 2, 2)[:, part, :, :, :, place]
-            target.copy_(ordered.permute(2, 0, 1, 3, 5, 4))
-            for some in each.view(count, block_k, n // 8).split(_ADDENDS, 1):
-                total = some.sum(1, dtype=torch.int32).view(torch.uint8)
-                added[place, part].add_(total.view(count, -1))
-    columns = added.view(2, blocks, n // 8, 2, 2).permute(1, 2, 4, 0, 3).reshape(blocks, n)
-    sums.copy_(_less_zeros(columns, zeros, block_k).transpose(0, 1))
+            ordered = words_of.view(experts, count, block_k // 4, n // 32, 2, 2, 2)
+            quads_of[:, :, part, :, :, :, place].copy_(ordered.permute(0, 3, 1, 2, 4, 6, 5))
+            for some in each.view(experts, count, block_k, n // 8).split(_ADDENDS, 2):
+                total = some.sum(2, dtype=torch.int32).view(torch.uint8)
+                added[place, :, part].add_(total)
+    total = added.view(2, experts, blocks, n // 8, 2, 2).permute(1, 2, 3, 5, 0, 4)
+    _write_sums(sums, total.reshape(experts, blocks, n // 16, 2, 8), zeros, block_k)
 
 
 def _open(out: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
-    """Return views of a weight's codes, int32 (N / 32, blocks, 4 * block_k), and of its sums."""
+    """Return views: of codes, int32 (experts, N / 32, blocks, 4 * block_k), and of their sums."""
     words = out.view(torch.int32)
     return words[..., : 4 * block_k], words[..., 4 * block_k :]
 
 
-def _tiles(
-    words: Tensor, blocks: int, rows: int, scratch: Scratch
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Yield (first block, blocks, codes at even places, codes at odd places), each byte a code.
-
-    The two tensors of codes are int32 (blocks * rows, columns) and good until the next.
-    """
-    columns = words.shape[1]
-    count = max(_TILE_WORDS // (rows * columns), 1)
+def _tiles(words: Tensor, blocks: int, rows: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (first block, blocks, their words of all experts); ``rows`` rows are a block's."""
+    count = max(_TILE_WORDS // (len(words) * rows * words.shape[2]), 1)
     for block in range(0, blocks, count):
         some = min(count, blocks - block)
-        tile = words[block * rows : (block + some) * rows]
-        low, high = (_take(scratch, name, tile.shape) for name in ("low", "high"))
-        torch.bitwise_and(tile, _EVEN, out=low)
-        torch.bitwise_right_shift(tile, 4, out=high).bitwise_and_(_EVEN)
-        yield block, some, low, high
+        yield block, some, words[:, block * rows : (block + some) * rows]
 
 
 def _pair(scratch: Scratch, codes: Tensor) -> Tensor:
     """Put the codes of output features j and j + 8 into one byte; good until the next."""
-    first, second = codes[:, :, 0], codes[:, :, 1]
+    first, second = codes[..., 0], codes[..., 1]
     return torch.add(first, second, alpha=16, out=_take(scratch, "pair", first.shape))
 
 
@@ -244,13 +254,21 @@ def _take(
     return held[:size].view(shape)
 
 
-def _add_bytes(words: Tensor) -> Tensor:
-    """Return the sum of each word's four bytes."""
-    pairs = (words & 0x00FF00FF) + ((words >> 8) & 0x00FF00FF)
-    return (pairs & 0xFFFF) + (pairs >> 16)
+def _add_lanes(words: Tensor) -> Tensor:
+    """Return the sum of each word's two unsigned halves."""
+    return (words & 0xFFFF).add_(words >> 16)
 
 
-def _less_zeros(sums: Tensor, zeros: Tensor, block_k: int) -> Tensor:
-    """Return int32 (blocks, N / 32, 32): sums of codes, less the zero point of each."""
-    each = zeros.to(torch.int32).repeat_interleave(len(sums) // len(zeros), 0)
-    return (sums - each * block_k).view(len(sums), -1, _BLOCK_ROWS)
+def _write_sums(sums: Tensor, total: Tensor, zeros: Tensor, block_k: int) -> None:
+    """Write what lies behind a block's codes.
+
+    Args:
+        sums: int32 (experts, N / 32, blocks, 32).
+        total: int32 (experts, blocks, N / 16, 2, 8), sums of codes.
+        zeros: int8 (experts, groups, N), what is less for each of ``block_k`` codes.
+    """
+    groups, pairs = zeros.shape[1], total.shape[2]
+    points = zeros.unflatten(-1, (pairs, 2, 8)).unsqueeze(2)
+    less = torch.sub(total.unflatten(1, (groups, -1)), points, alpha=block_k)
+    rows = less.reshape(*total.shape[:2], pairs // 2, _BLOCK_ROWS)
+    sums.copy_(rows.transpose(1, 2))
