@@ -30,6 +30,7 @@ from vllm_mixprec.checkpoint import open_checkpoint
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.loader import MixPrecLoader, rank_routes
+from vllm_mixprec.quant.cpu import CpuExpertsMethod
 from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import Layout, Route, RouteTable, load_route_table
 
@@ -125,15 +126,22 @@ def serve(
     sources: Mapping[str, Path],
     rules: Mapping[str, str],
     has_draft: bool = True,
+    packs_ahead: bool = False,
 ) -> Iterator[Serving]:
     """Compose a plan and make this process the one rank that serves it."""
-    with serve_plan(folder, base, make_plan(base, sources, rules), has_draft) as serving:
+    plan = make_plan(base, sources, rules)
+    with serve_plan(folder, base, plan, has_draft, packs_ahead) as serving:
         yield serving
 
 
 @contextmanager
-def serve_plan(folder: Path, base: Path, plan: Plan, has_draft: bool = False) -> Iterator[Serving]:
-    """Compose a plan over ``base`` into ``folder`` and serve it in this process."""
+def serve_plan(
+    folder: Path, base: Path, plan: Plan, has_draft: bool = False, packs_ahead: bool = False
+) -> Iterator[Serving]:
+    """Compose a plan over ``base`` into ``folder`` and serve it in this process.
+
+    Unless it ``packs_ahead`` a loaded model is in its checkpoint's layout until vLLM has it packed.
+    """
     if not current_platform.is_cpu():
         pytest.skip("vLLM does not run on the CPU, for whose models this is")
     compose(plan, folder / "mixed")
@@ -144,7 +152,9 @@ def serve_plan(folder: Path, base: Path, plan: Plan, has_draft: bool = False) ->
         enforce_eager=True,
         speculative_config={"method": "mtp", "num_speculative_tokens": 1} if has_draft else None,
     ).create_engine_config()
-    with set_current_vllm_config(config):
+    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(config):
+        if not packs_ahead:
+            patch.setattr(CpuExpertsMethod, "packs_ahead", False)
         init_distributed_environment(1, 0, f"file://{folder}/rank", 0, backend="gloo")
         try:
             initialize_model_parallel(1, 1, backend="gloo")

@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 from vllm_mixprec.checkpoint.dequantize import dequantize, relayout
 from vllm_mixprec.errors import MixPrecError, RouteError
 from vllm_mixprec.loading.ledger import Ledger
+from vllm_mixprec.loading.pack_ahead import PackAhead
 from vllm_mixprec.quant.experts import load_expert
 from vllm_mixprec.routing import Route
 from vllm_mixprec.routing.fused import parse_expert
@@ -72,10 +73,16 @@ class Intake:
         Raises:
             RouteError: a tensor that the base does not have, or one that came twice.
         """
-        whole = self._assemble(weights)
         # A draft's own loader wants a parameter of each layer in every call, and sees no experts.
         with disable_mtp_completeness_check():
-            return self._load(self._divert(whole if ledger is None else ledger.feed(whole)))
+            if ledger is None:
+                return self._load(self._divert(self._assemble(weights)))
+            ahead = PackAhead(self.held, self._experts)
+            try:
+                whole = ledger.feed(self._assemble(weights, ahead.came))
+                return self._load(self._divert(whole))
+            finally:
+                ahead.close()
 
     def close(self) -> None:
         """Make sure that every module came whole or not at all; what waits is forgotten.
@@ -94,8 +101,13 @@ class Intake:
                 "module, or route it to a complete source"
             )
 
-    def _assemble(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) as the layers expect them; dequantise or lay out what is not so."""
+    def _assemble(
+        self, weights: Weights, on_loaded: Callable[[str], None] = lambda module: None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) as the layers expect them; dequantise or lay out what is not so.
+
+        Tells ``on_loaded`` of a module after whoever takes its last tensor has asked for the next.
+        """
         for name, tensor in weights:
             module, _, suffix = name.rpartition(".")
             route = self.held.get(module)
@@ -108,7 +120,8 @@ class Intake:
                     f"{', '.join(route.tensors)} of this module. Feed the tensors of the source "
                     "that the plan routes the module to"
                 )
-            self._came.setdefault(module, set()).add(suffix)
+            came = self._came.setdefault(module, set())
+            came.add(suffix)
             if suffix == "g_idx" or (suffix != "bias" and (route.widened or route.relaid)):
                 parts = self._waiting.setdefault(module, {})
                 if suffix in parts:
@@ -124,6 +137,8 @@ class Intake:
                 if (route.served.format, name) == ("fp8_channel", "weight_scale"):
                     tensor = tensor.reshape(-1, 1)  # stored as (N,) or (N, 1)
                 yield f"{module}.{name}", tensor
+            if len(came) == len(route.tensors):
+                on_loaded(module)
 
     def _require_known(self, name: str, module: str) -> None:
         if module not in self._known and not self._unserved(module):

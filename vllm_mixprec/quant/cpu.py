@@ -6,6 +6,8 @@ checkpoint's layout, so that vLLM's own weight loaders cut the tensor-parallel s
 reordered once for the kernel after loading.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +42,7 @@ class CpuExpertsMethod(FusedMoEMethodBase):
     """Routed experts of one format through ``fused_experts_cpu``; a subclass for each format."""
 
     kernel: ExpertKernel
+    packs_ahead = True
 
     def __init__(self, scheme: Scheme, layer: "RoutedExperts") -> None:
         super().__init__(layer.moe_config)
@@ -101,13 +104,34 @@ class CpuExpertsMethod(FusedMoEMethodBase):
             layer.register_buffer(
                 "expert_slots", torch.stack([group, expert_map]), persistent=False
             )
+        if not layer.__dict__.pop("mixprec_is_packed", False):
+            self._finish(layer)
+
+    def pack_ahead(self, layer: "RoutedExperts", pool: Executor) -> None:
+        """Begin to pack a layer that is loaded, before vLLM asks for it."""
+        layer.mixprec_ahead = pool.submit(lambda: list(self._pack_parts(layer)))
+
+    def finish_ahead(self, layer: "RoutedExperts") -> bool:
+        """Put what was begun in place if it is done, and say whether it is."""
+        if not layer.mixprec_ahead.done():
+            return False
+        self._finish(layer)
+        layer.mixprec_is_packed = True
+        return True
+
+    def _finish(self, layer: "RoutedExperts") -> None:
+        ahead = layer.__dict__.pop("mixprec_ahead", None)
+        for part in self._pack_parts(layer) if ahead is None else ahead.result():
+            for name, tensor in part.items():
+                delattr(layer, name)
+                layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+    def _pack_parts(self, layer: "RoutedExperts") -> Iterator[dict[str, torch.Tensor]]:
         # w13 is replaced before w2 is packed: two copies of both would be the peak of loading.
         for part in ("w13", "w2"):
             names = [name for name in self.names if name.startswith(part)]
             packed = self.pack(*(getattr(layer, name).data for name in names))
-            for name, tensor in zip(names, packed, strict=True):
-                delattr(layer, name)
-                layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+            yield dict(zip(names, packed, strict=True))
 
     def pack(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Reorder one weight, its scales and its zero points, as :attr:`names` orders them."""
@@ -187,6 +211,9 @@ class CpuInt4ExpertsMethod(CpuExpertsMethod):
     """GPTQ or AWQ int4 experts, W4A8, symmetric or not."""
 
     kernel = ExpertKernel.INT4
+    # Its many short operations take turns for Python's lock with the thread that reads; loading
+    # took a twentieth longer.
+    packs_ahead = False
     names = ("w13_qweight", "w2_qweight", "w13_scales", "w2_scales", "w13_qzeros", "w2_qzeros")
 
     def create_weights(

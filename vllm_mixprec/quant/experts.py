@@ -269,6 +269,12 @@ _SHARDS = {
 }
 
 
+def holder_of(layer: RoutedExperts, expert: int) -> RoutedExperts:
+    """Return the group of a layer that holds an expert, or the layer if it has no groups."""
+    holder: RoutedExperts = getattr(layer, "holders", {}).get(expert, layer)
+    return holder
+
+
 def load_expert(
     layer: RoutedExperts, expert: int, projection: str, suffix: str, tensor: torch.Tensor
 ) -> None:
@@ -287,7 +293,7 @@ def load_expert(
     stem, shard = _SHARDS[projection]
     if projection == layer.ckpt_gate_proj_name:
         shard = "w1"
-    holder = getattr(layer, "holders", {}).get(expert, layer)
+    holder = holder_of(layer, expert)
     parameter = getattr(holder, f"{stem}_{suffix}", None)
     if parameter is None:
         raise RouteError(
