@@ -107,7 +107,7 @@ def test_any_operation_gives_what_the_tensor_gives(written, use):
 
 def test_large_tensors_go_to_their_place_in_pieces(written, read_bytes, monkeypatch):
     expected, spec = written
-    monkeypatch.setattr(stream, "_AHEAD_BYTES", 1000)
+    monkeypatch.setattr(stream, "_LARGE_BYTES", 1000)
     monkeypatch.setattr(stored, "READ_BYTES", 7 * COLUMNS * 4)
     [(_, tensor)] = read_tensors([spec])
     assert isinstance(tensor, StoredTensor) and read_bytes == []

@@ -31,7 +31,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-_THREADS = 4
+_THREADS = 8  # four read a fast disk a tenth slower, sixteen no faster
 
 
 def start_readers() -> ThreadPoolExecutor:

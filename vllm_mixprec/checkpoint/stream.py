@@ -17,7 +17,8 @@ from vllm_mixprec.checkpoint.header import TensorSpec, View
 from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, read_into, start_readers
 
 # Small neighbours share one read. Larger reads gain nothing on NVMe or page cache and cost memory.
-_AHEAD_BYTES = 32 << 20
+_AHEAD_BYTES = 64 << 20
+_LARGE_BYTES = 32 << 20  # a tensor of more is read straight to where it goes
 
 Tensors = list[tuple[TensorSpec, torch.Tensor]]
 
@@ -49,7 +50,7 @@ def read_tensors(
 ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
     """Yield each tensor once, in the order of files and offsets.
 
-    Tensors are CPU views of buffers that are used again when no view of them lives; at most 32 MiB
+    Tensors are CPU views of buffers that are used again when no view of them lives; at most 64 MiB
     are read ahead. ``pread`` rather than ``mmap``, so that a file cut short under our hands is an
     error and not a SIGBUS.
 
@@ -127,7 +128,7 @@ def _end(chunk: list[Part]) -> int:
 
 def _read_chunk(descriptor: int, chunk: list[Part], buffers: Buffers) -> Tensors:
     begin, last = chunk[0].start, max(chunk, key=attrgetter("end"))
-    if last.end - begin > _AHEAD_BYTES and last.spec.shape and last.spec.view is None:
+    if last.end - begin > _LARGE_BYTES and last.spec.shape and last.spec.view is None:
         [part] = chunk
         return [(part.spec, StoredTensor(part.spec))]
     buffer = buffers.take(last.end - begin)
