@@ -222,6 +222,11 @@ def test_other_routes_are_left_alone():
     assert client.get("/nowhere").status_code == 404
     # vLLM answers these from a second route of its own.
     openmetrics = {"accept": "application/openmetrics-text; version=1.0.0"}
-    for answer in (client.post("/metrics"), client.get("/metrics/", headers=openmetrics)):
+    for answer in (
+        client.post("/metrics"),
+        client.get("/metrics/", headers=openmetrics),
+        client.get("/metrics?format=prometheus"),
+        client.get("/metrics/?name[]=mixprec_test_activations_total"),
+    ):
         found = samples(answer.text)
         assert [found[sample] for sample in found if "mixprec_test" in sample[0]] == [1] * 6

@@ -25,7 +25,7 @@ class Counting:
         self.asked += 1
         body = f"{scope['path']} {self.asked}".encode()
         await asyncio.sleep(self._takes_s)
-        if "fail" in scope["path"]:
+        if scope["headers"] and (b"x-fail", b"yes") in scope["headers"]:
             raise RuntimeError("no metrics today")
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-of", b"vllm")]})
         await send({"type": "http.response.body", "body": body, "more_body": False})
@@ -91,12 +91,25 @@ def test_other_questions_have_answers_of_their_own():
     app = Counting()
 
     async def scrape(client: httpx.AsyncClient) -> None:
-        paths = ("/metrics", "/metrics/", "/metrics?name[]=a", "/metrics")
-        answers = await asyncio.gather(*map(client.get, paths))
-        assert answers[0].text == answers[3].text
-        assert len({answer.text for answer in answers}) == app.asked == 3
+        paths = ("/metrics", "/metrics?name[]=a", "/metrics?name[]=a", "/metrics/", "/metrics/more")
+        answers = [each.text for each in await asyncio.gather(*map(client.get, paths))]
         posted = await asyncio.gather(*(client.post("/metrics") for _ in range(2)))
-        assert posted[0].text != posted[1].text
+        assert answers[0] == answers[3]
+        assert len({*answers, *(each.text for each in posted)}) == app.asked == 6
+
+    run(app, scrape)
+
+
+def test_many_questions_do_not_queue_before_a_scraper():
+    app = Counting()
+
+    async def scrape(client: httpx.AsyncClient) -> None:
+        others = [client.get(f"/metrics?name[]={number}") for number in range(200)]
+        tasks = [asyncio.ensure_future(other) for other in others]
+        begun = time.monotonic()
+        await client.get("/metrics")
+        assert time.monotonic() - begun < 2 * scrapes._LONGEST_REST_S
+        await asyncio.gather(*tasks)
 
     run(app, scrape)
 
@@ -105,7 +118,7 @@ def test_an_error_reaches_all_who_asked_and_no_other():
     app = Counting()
 
     async def scrape(client: httpx.AsyncClient) -> None:
-        asked = [client.get("/metrics/fail") for _ in range(3)]
+        asked = [client.get("/metrics", headers={"x-fail": "yes"}) for _ in range(3)]
         found = await asyncio.gather(*asked, return_exceptions=True)
         assert [str(error) for error in found] == ["no metrics today"] * 3
         assert (await client.get("/metrics")).status_code == 200

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +21,7 @@ from vllm_mixprec.experts.exposition import PublishedText, left_out
 SENT_BYTES = 1 << 16  # handed to a connection at a time, so that a slow reader is waited for
 _REST = 49  # times as long as formatting took, it rests: a fiftieth of the time is its
 _LONGEST_REST_S = 0.2
+_SOME = b"name[]"  # of a query, by which prometheus_client leaves out other metrics
 
 # Not compressed, nor in the format that ends with a line of its own.
 _NEGOTIATED = (b"accept-encoding", b"accept")
@@ -47,33 +49,36 @@ class Scrapes:
     """Stands around the app that answers vLLM's ``/metrics``.
 
     A scrape waits for formatting that has not begun, so no answer is older than its question; at
-    most ``_LONGEST_REST_S``, and what formatting itself takes. A lone scraper never waits.
+    most ``_LONGEST_REST_S``, and what formatting itself takes. A lone scraper never waits. Who asks
+    in other words has an answer of his own; who asks for some metrics only, from vLLM alone.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._published = PublishedText()
-        self._to_come: dict[tuple[str, bytes], asyncio.Task[_Answer]] = {}
+        self._to_come: asyncio.Task[_Answer] | None = None
         self._turn = asyncio.Lock()
         self._rested_at = 0.0  # of the monotonic clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "GET":
+        query = scope.get("query_string", b"")
+        if scope["type"] != "http" or scope["method"] != "GET" or _SOME in unquote_to_bytes(query):
             await self._app(scope, receive, send)
             return
-        question = scope["path"], scope["query_string"]
-        answer = self._to_come.get(question)
-        if answer is None:
-            answer = asyncio.create_task(self._take_turn(question, scope))
-            answer.add_done_callback(_retrieve)
-            self._to_come[question] = answer
+        if query or not scope["path"].rstrip("/").endswith("/metrics"):
+            await (await self._make(scope)).send(send)
+            return
+        if self._to_come is None:
+            self._to_come = asyncio.create_task(self._take_turn(scope))
+            self._to_come.add_done_callback(_retrieve)
         # A scraper that goes away does not end the others' answer.
-        await (await asyncio.shield(answer)).send(send)
+        answer = await asyncio.shield(self._to_come)
+        await answer.send(send)
 
-    async def _take_turn(self, question: tuple[str, bytes], scope: Scope) -> _Answer:
+    async def _take_turn(self, scope: Scope) -> _Answer:
         async with self._turn:
             await asyncio.sleep(max(0.0, self._rested_at - time.monotonic()))
-            del self._to_come[question]
+            self._to_come = None
             begun = time.monotonic()
             try:
                 return await self._make(scope)
