@@ -16,7 +16,9 @@ thousands of them; the ratio of two sides has a confidence interval from drawing
 neighbouring slices again (bootstrap), because gaps of one moment are alike. Three servers take
 turns: ours with ``/metrics`` scraped; ours without its poll each second, its counters read through
 ``/v1/mixprec/expert_stats`` (a reading or none at all); and stock, whose own ``/metrics`` is
-scraped: the control, for vLLM's own metrics cost something, too.
+scraped: the control, for vLLM's own metrics cost something, too. Of many scrapers there is another
+control: they ask a process that only answers, with as many bytes; what slows the server then is
+what the scrapers themselves take of the machine.
 
 Ratios are times: above 1 is slower. Progress goes to stderr, tables to stdout.
 """
@@ -25,8 +27,10 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import statistics
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,7 +40,16 @@ from typing import Any
 import numpy as np
 from bench_decode import describe_machine, machine_line
 from polling_cost import measure_cost
-from serving_load import Gaps, Scrapers, Server, never_reading, say, serve, stream
+from serving_load import (
+    Gaps,
+    Scrapers,
+    Server,
+    never_reading,
+    say,
+    serve,
+    serve_bytes,
+    stream,
+)
 from synthetic import DEFAULT, ROOT, Shape, write_models
 
 SIZES = ((12, 32), (48, 128), (58, 256))
@@ -53,6 +66,7 @@ class Kind:
     paths: tuple[str, ...]
     unread: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    elsewhere: bool = False  # a process that only answers is asked instead
 
 
 READING = "/v1/mixprec/expert_stats?detail=none"
@@ -66,15 +80,22 @@ LATENCY = (
 def many(scrapers: int) -> tuple[Kind, ...]:
     """Ours and stock under many scrapers, and clients that never read."""
     both = ("/metrics", "/v1/mixprec/expert_stats")
+    metrics = {"paths": ("/metrics",) * scrapers, "unread": ("/metrics",)}
     return (
-        Kind(f"ours, {scrapers} of /metrics", True, ("/metrics",) * scrapers, ("/metrics",)),
+        Kind(f"ours, {scrapers} of /metrics", True, **metrics),
+        Kind(f"ours, {scrapers} elsewhere", True, **metrics, elsewhere=True),
         Kind(f"ours, {scrapers} of both", True, both * (scrapers // 2), both),
-        Kind(f"stock, {scrapers} of /metrics", False, ("/metrics",) * scrapers, ("/metrics",)),
+        Kind(f"stock, {scrapers} of /metrics", False, **metrics),
     )
 
 
 def run_block(
-    server: Server, kind: Kind, scrapers: Scrapers, options: argparse.Namespace, seed: int
+    server: Server,
+    kind: Kind,
+    scrapers: Scrapers,
+    asked_port: int,
+    options: argparse.Namespace,
+    seed: int,
 ) -> list[tuple[bool, list[float]]]:
     """Stream through slices A B B A; returns for each whether it was scraped, and its gaps."""
     plan = (False, True, True, False) if seed % 2 == 0 else (True, False, False, True)
@@ -86,7 +107,7 @@ def run_block(
             await asyncio.sleep(begun + number * options.slice - time.monotonic())
             scrapers.on = scraped
             if scraped:
-                unread.enter_context(never_reading(server, kind.unread))
+                unread.enter_context(never_reading(asked_port, kind.unread))
             else:
                 unread.close()
 
@@ -138,19 +159,27 @@ def bench_clients(
     with ExitStack() as stack:
         servers: dict[tuple[bool, tuple[str, ...]], Server] = {}
         scrapers: dict[str, Scrapers] = {}
+        ports: dict[str, int] = {}
         for number, kind in enumerate(kinds):
             key = (kind.counters, kind.arguments)
             if key not in servers:
                 log = ROOT / "runs" / f"bench_polling_{number}.log"
                 started = serve(model, log, counters=kind.counters, arguments=kind.arguments)
                 servers[key] = stack.enter_context(started)
-            urls = [servers[key].url(path) for path in kind.paths]
+            ports[kind.name] = servers[key].port
+            if kind.elsewhere:
+                with urllib.request.urlopen(servers[key].url(kind.paths[0])) as answer:
+                    size = len(answer.read())
+                ports[kind.name] = stack.enter_context(serve_bytes(size))
+            urls = [f"http://127.0.0.1:{ports[kind.name]}{path}" for path in kind.paths]
             scrapers[kind.name] = Scrapers(urls, options.every)
             stack.callback(scrapers[kind.name].stop)
         for block in range(-1, options.blocks):
             for kind in kinds if block % 2 == 0 else kinds[::-1]:
                 server = servers[kind.counters, kind.arguments]
-                slices = run_block(server, kind, scrapers[kind.name], options, block)
+                slices = run_block(
+                    server, kind, scrapers[kind.name], ports[kind.name], options, block
+                )
                 if block < 0:  # warms up
                     continue
                 found[kind.name] += slices
@@ -228,7 +257,7 @@ def main() -> None:
     parser.add_argument(
         "--every", type=float, help="seconds between a scraper's scrapes (default 1; of many 5)"
     )
-    parser.add_argument("--only", help="kinds of server whose name has this in it")
+    parser.add_argument("--only", help="a regular expression of the kinds of server")
     parser.add_argument("--quick", action="store_true", help="a model of two small layers")
     parser.add_argument("--models", type=Path, help="folder of the model (default in runs)")
     parser.add_argument("--json", type=Path, help="default runs/bench_polling[_PART].json")
@@ -253,7 +282,7 @@ def main() -> None:
         folder = ROOT / "runs" / "synthetic-quick" if options.quick else DEFAULT
         model = write_models(options.models or folder, shape, ("bf16",))["bf16"]
         kinds = many(options.scrapers) if options.scrapers else LATENCY
-        kinds = tuple(kind for kind in kinds if (options.only or "") in kind.name)
+        kinds = tuple(kind for kind in kinds if re.search(options.only or "", kind.name))
         result = bench_clients(model, kinds, options)
         lines = report_clients(result)
     machine = describe_machine()

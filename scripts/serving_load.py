@@ -213,13 +213,50 @@ def _scrape(urls: list[str], every_s: float, on: Any, counts: Any, ready: Any) -
 
 
 @contextmanager
-def never_reading(server: Server, paths: Sequence[str]) -> Iterator[None]:
+def serve_bytes(nbytes: int) -> Iterator[int]:
+    """A process that answers whatever is asked with so many bytes at once; yields its port."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve_bytes, args=(nbytes, theirs), daemon=True)
+    process.start()
+    try:
+        if not ours.poll(_READY_S):
+            raise SystemExit(f"the process that answers did not begin within {_READY_S:.0f} s")
+        yield ours.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve_bytes(nbytes: int, told: Any) -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {nbytes}\r\n\r\n".encode()
+    answer = head + bytes(nbytes)
+
+    class Answering(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self._transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            # Of a client that never reads, not all of its questions in one go.
+            if not self._transport.is_closing() and not self._transport.get_write_buffer_size():
+                self._transport.write(answer)
+
+    async def run() -> None:
+        server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0)
+        told.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(run())
+
+
+@contextmanager
+def never_reading(port: int, paths: Sequence[str]) -> Iterator[None]:
     """Hold a connection a path that asks again and again and takes no answer."""
     with ExitStack() as stack:
         for path in paths:
             connection = socket.socket()
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect(("127.0.0.1", server.port))
+            connection.connect(("127.0.0.1", port))
             stack.callback(connection.close)
             request = f"GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
             connection.setblocking(False)
