@@ -5,6 +5,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
@@ -212,6 +213,23 @@ def test_one_of_several_processes_exports_for_all(monkeypatch, tmp_path):
 
 def test_without_series_the_answer_is_vllms(server):
     assert samples(server()) == samples(server(metrics_route._STOCK))
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
+def test_one_scrapers_negotiation_is_not_anothers(path):
+    """Without series, too: vLLM's second route would compress for one who takes it."""
+    app = FastAPI()
+    metrics_route._attach_router(app)
+
+    async def scrape_together() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            headers = ({"accept-encoding": "gzip"}, {"accept-encoding": "identity"})
+            return await asyncio.gather(*(client.get(path, headers=each) for each in headers))
+
+    for answer in asyncio.run(scrape_together()):
+        assert "content-encoding" not in answer.headers
+        assert "# TYPE python_info gauge\n" in answer.text
 
 
 def test_other_routes_are_left_alone():

@@ -101,7 +101,7 @@ def test_a_layer_that_lacks_a_module_is_not_packed(
     begun = {
         (group.layer_name, type(group.quant_method).__name__)
         for group in groups
-        if hasattr(group, "mixprec_ahead") or hasattr(group, "mixprec_is_packed")
+        if hasattr(group, "mixprec_ahead")
     }
     plain, fp8 = "CpuBf16ExpertsMethod", "CpuFp8ExpertsMethod"
     assert {method for layer, method in begun if ".layers.1." in f"{layer}."} == {fp8}

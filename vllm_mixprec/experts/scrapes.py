@@ -3,7 +3,7 @@
 
 vLLM formats all of its samples anew for every scrape, four milliseconds in the process that streams
 the tokens. Here those who scrape at about the same time get one answer, and formatting rests after
-it is done: it has a share of the time, however many ask and however often.
+it is done: it happens five times a second at most, however many ask.
 """
 
 import asyncio
@@ -11,19 +11,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_mixprec.experts.exposition import PublishedText, left_out
 
 SENT_BYTES = 1 << 16  # handed to a connection at a time, so that a slow reader is waited for
-_REST = 49  # times as long as formatting took, it rests: a fiftieth of the time is its
+_REST = (
+    49  # times as long as formatting took, it rests: quick formatting has a fiftieth of the time
+)
 _LONGEST_REST_S = 0.2
-_SOME = b"name[]"  # of a query, by which prometheus_client leaves out other metrics
 
-# Not compressed, nor in the format that ends with a line of its own.
 _NEGOTIATED = (b"accept-encoding", b"accept")
 
 
@@ -34,7 +32,11 @@ class _Answer:
     body: bytes
 
     async def send(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": self.status, "headers": self.headers}
+        start = {
+            "type": "http.response.start",
+            "status": self.status,
+            "headers": list(self.headers),
+        }
         await send(start)
         for part in self._parts():
             await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -48,9 +50,9 @@ class _Answer:
 class Scrapes:
     """Stands around the app that answers vLLM's ``/metrics``.
 
-    A scrape waits for formatting that has not begun, so no answer is older than its question; at
-    most ``_LONGEST_REST_S``, and what formatting itself takes. A lone scraper never waits. Who asks
-    in other words has an answer of his own; who asks for some metrics only, from vLLM alone.
+    A scrape waits for formatting that has not begun, so no answer is older than its question: for
+    what is under way, for at most ``_LONGEST_REST_S``, and for its own. A lone scraper never waits.
+    Who asks in other words, with a query or another method, has an answer of his own at once.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -61,14 +63,17 @@ class Scrapes:
         self._rested_at = 0.0  # of the monotonic clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        query = scope.get("query_string", b"")
-        if scope["type"] != "http" or scope["method"] != "GET" or _SOME in unquote_to_bytes(query):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if query or not scope["path"].rstrip("/").endswith("/metrics"):
-            await (await self._make(scope)).send(send)
+        if (
+            scope["method"] != "GET"
+            or scope["query_string"]
+            or not scope["path"].rstrip("/").endswith("/metrics")
+        ):
+            await (await self._make(scope, receive)).send(send)
             return
-        if self._to_come is None:
+        if self._to_come is None or self._to_come.done():
             self._to_come = asyncio.create_task(self._take_turn(scope))
             self._to_come.add_done_callback(_retrieve)
         # A scraper that goes away does not end the others' answer.
@@ -81,17 +86,14 @@ class Scrapes:
             self._to_come = None
             begun = time.monotonic()
             try:
-                return await self._make(scope)
+                return await self._make(_without_negotiation(scope), _receive_nothing)
             finally:
                 ended = time.monotonic()
                 self._rested_at = ended + min(_REST * (ended - begun), _LONGEST_REST_S)
 
-    async def _make(self, scope: Scope) -> _Answer:
+    async def _make(self, scope: Scope, receive: Receive) -> _Answer:
         text = await self._published.read()
         status, headers, parts = 500, [], []
-
-        async def receive() -> Message:
-            return {"type": "http.request", "body": b"", "more_body": False}
 
         async def keep(message: Message) -> None:
             nonlocal status, headers
@@ -101,17 +103,25 @@ class Scrapes:
                 parts.append(message.get("body", b""))
 
         if text:
-            kept = Headers(scope=scope).raw
-            plain = [(name, value) for name, value in kept if name not in _NEGOTIATED]
             with left_out():
-                await self._app({**scope, "headers": plain}, receive, keep)
+                await self._app(_without_negotiation(scope), receive, keep)
             if status == 200:
                 parts.append(text)
         else:
-            await self._app(dict(scope), receive, keep)
+            await self._app(scope, receive, keep)
         body = b"".join(parts)
         kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
         return _Answer(status, (*kept, (b"content-length", str(len(body)).encode())), body)
+
+
+def _without_negotiation(scope: Scope) -> Scope:
+    """Ask for text that is not compressed, nor in the format that ends with a line of its own."""
+    kept = [(name, value) for name, value in scope["headers"] if name.lower() not in _NEGOTIATED]
+    return {**scope, "headers": kept}
+
+
+async def _receive_nothing() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
 
 
 def _retrieve(answer: "asyncio.Task[Any]") -> None:

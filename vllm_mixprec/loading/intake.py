@@ -77,12 +77,9 @@ class Intake:
         with disable_mtp_completeness_check():
             if ledger is None:
                 return self._load(self._divert(self._assemble(weights)))
-            ahead = PackAhead(self.held, self._experts)
-            try:
+            with PackAhead(self.held, self._experts) as ahead:
                 whole = ledger.feed(self._assemble(weights, ahead.came))
                 return self._load(self._divert(whole))
-            finally:
-                ahead.close()
 
     def close(self) -> None:
         """Make sure that every module came whole or not at all; what waits is forgotten.

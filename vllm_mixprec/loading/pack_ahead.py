@@ -4,9 +4,10 @@
 Packing takes as much time as reading, of other cores; vLLM begins it when all weights are loaded.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
@@ -34,7 +35,6 @@ class PackAhead:
                 if isinstance(method, CpuExpertsMethod) and method.packs_ahead:
                     self._holders[module] = holder
         self._to_come = Counter(self._holders.values())
-        self._begun: deque[RoutedExperts] = deque()
         self._pool = ThreadPoolExecutor(1, "mixprec-pack", initializer=unpin)
 
     def came(self, module: str) -> None:
@@ -45,12 +45,10 @@ class PackAhead:
         self._to_come[holder] -= 1
         if not self._to_come[holder]:
             holder.quant_method.pack_ahead(holder, self._pool)
-            self._begun.append(holder)
-        # Here and not on the thread, which must not change a model under its loader; as soon as
-        # that can be, for what is packed holds its scales twice until then.
-        while self._begun and self._begun[0].quant_method.finish_ahead(self._begun[0]):
-            self._begun.popleft()
 
-    def close(self) -> None:
-        """Begin no more; what was begun goes on, and vLLM's own call waits for it."""
-        self._pool.shutdown(wait=False)
+    def __enter__(self) -> "PackAhead":
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *rest: Any) -> None:
+        # What was begun goes on, and vLLM's own call waits for it; after a failure nobody asks.
+        self._pool.shutdown(wait=False, cancel_futures=failure is not None)

@@ -104,27 +104,15 @@ class CpuExpertsMethod(FusedMoEMethodBase):
             layer.register_buffer(
                 "expert_slots", torch.stack([group, expert_map]), persistent=False
             )
-        if not layer.__dict__.pop("mixprec_is_packed", False):
-            self._finish(layer)
-
-    def pack_ahead(self, layer: "RoutedExperts", pool: Executor) -> None:
-        """Begin to pack a layer that is loaded, before vLLM asks for it."""
-        layer.mixprec_ahead = pool.submit(lambda: list(self._pack_parts(layer)))
-
-    def finish_ahead(self, layer: "RoutedExperts") -> bool:
-        """Put what was begun in place if it is done, and say whether it is."""
-        if not layer.mixprec_ahead.done():
-            return False
-        self._finish(layer)
-        layer.mixprec_is_packed = True
-        return True
-
-    def _finish(self, layer: "RoutedExperts") -> None:
         ahead = layer.__dict__.pop("mixprec_ahead", None)
         for part in self._pack_parts(layer) if ahead is None else ahead.result():
             for name, tensor in part.items():
                 delattr(layer, name)
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+    def pack_ahead(self, layer: "RoutedExperts", pool: Executor) -> None:
+        """Begin to pack a layer that is loaded, before vLLM asks for it; its parameters stay."""
+        layer.mixprec_ahead = pool.submit(lambda: list(self._pack_parts(layer)))
 
     def _pack_parts(self, layer: "RoutedExperts") -> Iterator[dict[str, torch.Tensor]]:
         # w13 is replaced before w2 is packed: two copies of both would be the peak of loading.
@@ -211,8 +199,8 @@ class CpuInt4ExpertsMethod(CpuExpertsMethod):
     """GPTQ or AWQ int4 experts, W4A8, symmetric or not."""
 
     kernel = ExpertKernel.INT4
-    # Its many short operations take turns for Python's lock with the thread that reads; loading
-    # took a twentieth longer.
+    # Its many short operations take turns for Python's lock with the thread that reads: loading
+    # took a twentieth longer. And its scales are made anew: all layers' would be held twice.
     packs_ahead = False
     names = ("w13_qweight", "w2_qweight", "w13_scales", "w2_scales", "w13_qzeros", "w2_qzeros")
 

@@ -256,7 +256,7 @@ def _take(
 
 def _add_lanes(words: Tensor) -> Tensor:
     """Return the sum of each word's two unsigned halves."""
-    return (words & 0xFFFF).add_(words >> 16)
+    return (words & 0xFFFF).add_((words >> 16).bitwise_and_(0xFFFF))
 
 
 def _write_sums(sums: Tensor, total: Tensor, zeros: Tensor, block_k: int) -> None:
