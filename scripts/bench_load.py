@@ -25,9 +25,10 @@ memory maps, which the kernel could take back, and what the process itself takes
 thread stacks), which is measured with a model of a megabyte and told apart.
 dd: the BF16 model's files, cold, read by ``dd`` in the same round, through the page cache and with
 ``iflag=direct``, thrown away or, if /dev/shm has room, kept in memory. It is compared with the
-package's reader alone, which drops what it read, and with a load's reading, which also has the
-parameters' memory made, copies every tensor into its place and packs all but the last layer; a
-whole load builds the layers before and packs the rest after.
+package's reader alone, which drops what it read and so goes through the page cache, and with a
+load's reading, which goes past it if the device keeps up, has the parameters' memory made, copies
+every tensor into its place and packs all but the last layer; a whole load builds the layers before
+and packs the rest after.
 fastsafetensors: stock vLLM with ``--load-format fastsafetensors``, if it runs here.
 """
 

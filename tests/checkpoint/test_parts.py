@@ -2,6 +2,7 @@
 """Fused tensors taken apart are, bit for bit, the modules that were fused."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -312,14 +313,14 @@ def test_columns_of_one_tensor_are_read_once(
     from vllm_mixprec.checkpoint import stream
 
     read = []
-    real = stream.os.preadv
+    real = os.preadv
 
     def counting(descriptor: int, buffers: Any, offset: int) -> int:
         count: int = real(descriptor, buffers, offset)
         read.append(count)
         return count
 
-    monkeypatch.setattr(stream.os, "preadv", counting)
+    monkeypatch.setattr(os, "preadv", counting)
     monkeypatch.setattr(stream, "READ_BYTES", 1)  # nothing is joined that need not be
     folder = respell(tmp_path / "fused", RANDOM / "bf16", stack(is_transposed=True))
     checkpoint = open_checkpoint(folder)

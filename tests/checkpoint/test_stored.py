@@ -41,7 +41,7 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         asked.append(sum(len(buffer) for buffer in buffers))
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(stored.os, "preadv", counting)
+    monkeypatch.setattr(os, "preadv", counting)
     yield asked
 
 
@@ -135,7 +135,7 @@ def test_it_is_read_straight_into_a_parameter_of_its_dtype(written, monkeypatch,
         places.extend(np.frombuffer(buffer, np.uint8).ctypes.data for buffer in buffers)
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(stored.os, "preadv", noting)
+    monkeypatch.setattr(os, "preadv", noting)
     monkeypatch.setattr(stored, "READ_BYTES", 7 * COLUMNS * 4)
     target = make()
     target.copy_(StoredTensor(spec)[20:70])

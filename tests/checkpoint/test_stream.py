@@ -69,13 +69,13 @@ def test_only_the_chosen_bytes_are_read(shards, monkeypatch):
     _, specs = shards
     chosen = [spec for spec in specs if spec.name in ("half", "bf16")]
     asked = []
-    real = stream.os.preadv
+    real = os.preadv
 
     def counting(descriptor, buffers, offset):
         asked.append(sum(len(buffer) for buffer in buffers))
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(stream.os, "preadv", counting)
+    monkeypatch.setattr(os, "preadv", counting)
     assert len(list(read_tensors(chosen))) == 2
     assert sum(asked) == sum(spec.nbytes for spec in chosen)
 

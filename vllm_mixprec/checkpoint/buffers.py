@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buffers of one size for reading, used again as soon as nothing views them."""
+"""Memory for reading, used again as soon as nothing views it."""
 
 import mmap
+import threading
 import weakref
 from collections import deque
 
@@ -10,31 +11,58 @@ import torch
 
 READ_BYTES = 4 << 20
 
+_HUGE_BYTES = 2 << 20
+_KEPT_BYTES = 64 << 20  # of free blocks
+
 
 class Buffers:
     """Lends memory; what is lent comes back by itself when the last view of it dies.
 
     Fresh memory costs a page fault for each 4 KiB, as much as reading from the page cache does.
-    All of it goes back to the system when this object and the views are gone: malloc would keep
-    blocks of this size in its heap, between the parameters that stay.
+    Blocks lie in huge pages where the system has some: a device that reads into scattered small
+    pages takes an entry of its queue for each (a virtio disk of 254 entries a request read 1.2 GB/s
+    into small pages and 2.8 into huge ones). All goes back to the system when this object and the
+    views are gone: malloc would keep blocks of this size in its heap, between the parameters that
+    stay.
     """
 
     def __init__(self) -> None:
         self._free: deque[np.ndarray] = deque()
+        self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Return ``nbytes`` of uint8, at least one; of more than READ_BYTES they are fresh."""
-        if nbytes > READ_BYTES:
-            return torch.from_numpy(_map(nbytes))
-        try:
-            block = self._free.pop()
-        except IndexError:
-            block = _map(READ_BYTES)
+        """Return ``nbytes`` of uint8, at least one, that begin with a page."""
+        block = self._block(block_bytes(nbytes))
         lent = block[:nbytes]  # an object of its own, which the tensor's storage keeps alive
+        # Takes no lock: the collector may run it in a thread that holds one.
         weakref.finalize(lent, self._free.append, block)
         return torch.from_numpy(lent)
 
+    def _block(self, size: int) -> np.ndarray:
+        with self._lock:
+            for place in range(len(self._free) - 1, -1, -1):
+                if len(self._free[place]) == size:
+                    block = self._free[place]
+                    del self._free[place]
+                    return block
+            while sum(map(len, self._free)) > _KEPT_BYTES:  # of sizes that nobody asks for any more
+                self._free.popleft()
+        return _map(size)
+
+
+def block_bytes(nbytes: int) -> int:
+    """Return what a loan of so many bytes holds in memory, at most."""
+    return max(-(-nbytes // _HUGE_BYTES) * _HUGE_BYTES, READ_BYTES)
+
 
 def _map(nbytes: int) -> np.ndarray:
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return np.frombuffer(mmap.mmap(-1, nbytes, flags=private), dtype=np.uint8)
+    """Map memory that begins with a huge page's boundary; what lies before and behind is unused."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mapped = mmap.mmap(-1, nbytes + _HUGE_BYTES, flags=flags)
+    try:
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        pass  # a system without them: small pages do as well, only slower
+    whole = np.frombuffer(mapped, dtype=np.uint8)
+    skipped = -whole.ctypes.data % _HUGE_BYTES
+    return whole[skipped : skipped + nbytes]

@@ -4,17 +4,14 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from vllm_mixprec.checkpoint.buffers import READ_BYTES
-from vllm_mixprec.checkpoint.files import reopen
 from vllm_mixprec.checkpoint.header import TensorSpec
-from vllm_mixprec.errors import CheckpointError
+from vllm_mixprec.checkpoint.ranges import OpenFile, Ranges
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -61,11 +58,13 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
     Args:
         rows: which of the tensor's rows it stands for; None for all.
         ahead: rows that have been read already, and their values.
+        ranges: what reads the others; None for through the page cache.
     """
 
     spec: TensorSpec
     rows: range
     ahead: tuple[range, torch.Tensor] | None
+    ranges: Ranges | None
 
     @staticmethod
     def __new__(
@@ -73,13 +72,14 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         spec: TensorSpec,
         rows: range | None = None,
         ahead: tuple[range, torch.Tensor] | None = None,
+        ranges: Ranges | None = None,
     ) -> "StoredTensor":
         rows = range(spec.shape[0]) if rows is None else rows
         shape = (len(rows), *spec.shape[1:])
         made: StoredTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=DTYPES[spec.dtype]
         )
-        made.spec, made.rows, made.ahead = spec, rows, ahead
+        made.spec, made.rows, made.ahead, made.ranges = spec, rows, ahead, ranges
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -94,9 +94,9 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             stored, dim, step = args[0], given.get("dim", 0), given.get("step", 1)
             start, stop = given.get("start"), given.get("stop")
             if dim in (0, -stored.dim()) and step == 1:
-                return cls(stored.spec, stored.rows[start:stop], stored.ahead)
+                return cls(stored.spec, stored.rows[start:stop], stored.ahead, stored.ranges)
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(args[0].spec, args[0].rows, args[0].ahead)
+            return cls(args[0].spec, args[0].rows, args[0].ahead, args[0].ranges)
         if func is torch.ops.aten.copy_.default and isinstance(args[1], cls):
             target, stored = args[:2]
             if target.shape == stored.shape and not isinstance(target, cls):
@@ -133,21 +133,27 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             for first in range(0, len(self.rows), size)
         ]
         straight = target.is_cpu and target.is_contiguous() and target.dtype == self.dtype
-        with (
-            open(reopen(self.spec.file, self.spec.stamp), "rb", buffering=0) as file,
-            start_readers() as pool,
-        ):
+        ranges = Ranges() if self.ranges is None else self.ranges
+        # Nothing is done while it is read, so it says nothing of how a load keeps up with a device.
+        may_pass = self.ranges is not None and ranges.is_tried
+        with OpenFile(self.spec.file, self.spec.stamp) as file, start_readers() as pool:
+
+            def read(place: range) -> torch.Tensor | None:
+                first = self.spec.start + (self.rows.start + place.start) * self._row_bytes
+                if straight:
+                    part = target[place.start : place.stop].detach().view(-1).view(torch.uint8)
+                    ranges.fill(part, file, first, self.spec, may_pass)
+                    return None
+                end = first + len(place) * self._row_bytes
+                raw, _ = ranges.lend(file, first, end, self.spec, may_pass)
+                return as_dtype(raw, self.dtype).view(len(place), *self.shape[1:])
+
+            # Few at a time: what was read waits in memory to be copied.
             for first in range(0, len(places), _THREADS):
                 batch = places[first : first + _THREADS]
-                parts = [target[place.start : place.stop] for place in batch]
-                pieces = parts
-                if not straight:
-                    new = partial(torch.empty, dtype=self.dtype, device="cpu")
-                    pieces = [new(part.shape) for part in parts]
-                list(pool.map(self._read, repeat(file.fileno()), batch, pieces))
-                for part, piece in zip(parts, pieces, strict=True):
-                    if part is not piece:
-                        part.copy_(piece)
+                for place, piece in zip(batch, pool.map(read, batch), strict=True):
+                    if piece is not None:
+                        target[place.start : place.stop].copy_(piece)
 
     @property
     def _row_bytes(self) -> int:
@@ -161,26 +167,9 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             return None
         return values[self.rows.start - rows.start : self.rows.stop - rows.start]
 
-    def _read(self, descriptor: int, place: range, piece: torch.Tensor) -> None:
-        """Fill a contiguous CPU tensor of this dtype with the rows at ``place``."""
-        raw = piece.detach().view(-1).view(torch.uint8)
-        offset = self.spec.start + (self.rows.start + place.start) * self._row_bytes
-        read_into(raw, descriptor, offset, self.spec)
 
-
-def read_into(buffer: torch.Tensor, descriptor: int, offset: int, spec: TensorSpec) -> None:
-    """Fill a uint8 buffer with the bytes of a file from ``offset`` on, those of ``spec`` last.
-
-    Raises:
-        CheckpointError: the file ends before.
-    """
-    view = memoryview(buffer.numpy())
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise CheckpointError(
-                f"{spec.file}: ends at byte {offset + done}, expected {offset + len(view)} for "
-                f"{spec.name}; it was cut short after its header was read. Copy it again"
-            )
-        done += count
+def as_dtype(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """View bytes as numbers; those at an odd place, which safetensors allows, are copied first."""
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype)

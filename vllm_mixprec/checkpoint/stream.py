@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read chosen tensors out of a checkpoint's files: no other byte, in file order, reading ahead."""
 
-import os
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from vllm_mixprec.checkpoint.buffers import READ_BYTES, Buffers
-from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
+from vllm_mixprec.checkpoint.buffers import READ_BYTES, block_bytes
 from vllm_mixprec.checkpoint.header import TensorSpec, View
-from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, read_into, start_readers
+from vllm_mixprec.checkpoint.ranges import OpenFile, Ranges
+from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, as_dtype, start_readers
 
 # Small neighbours share one read. Larger reads gain nothing on NVMe or page cache and cost memory.
 _AHEAD_BYTES = 64 << 20
 _LARGE_BYTES = 32 << 20  # a tensor of more is read straight to where it goes
 
-Tensors = list[tuple[TensorSpec, torch.Tensor]]
+
+class _Read(NamedTuple):
+    """What one read gave, and how many bytes of it past the page cache."""
+
+    tensors: list[tuple[TensorSpec, torch.Tensor]]
+    past_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,7 @@ class Part:
 
     spec: TensorSpec
     rows: range | None = None
+    is_shared: bool = False
 
     @property
     def start(self) -> int:
@@ -46,7 +53,10 @@ class Part:
 
 
 def read_tensors(
-    specs: Iterable[TensorSpec], rows: Mapping[TensorSpec, range] | None = None
+    specs: Iterable[TensorSpec],
+    rows: Mapping[TensorSpec, range] | None = None,
+    ranges: Ranges | None = None,
+    shared: Container[TensorSpec] = (),
 ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
     """Yield each tensor once, in the order of files and offsets.
 
@@ -58,40 +68,53 @@ def read_tensors(
         rows: of some tensors the rows that will be asked for, which are read ahead. They come as a
             :class:`StoredTensor` of the whole shape, which reads any others when they are wanted,
             as tensors larger than 32 MiB do.
+        ranges: what reads; None for through the page cache.
+        shared: tensors that another process of this machine reads, too, so that they are read
+            through the page cache.
 
     Raises:
         CheckpointError: a file vanished or was changed since its header was read, or while its
             tensors are.
     """
     rows = rows or {}
+    ranges = ranges or Ranges()
     ordered = sorted(specs, key=lambda spec: (str(spec.file), spec.start))
-    chunks = _chunk([Part(spec, rows.get(spec)) for spec in ordered])
-    waiting: deque[tuple[int, Future[Tensors]]] = deque()
+    chunks = _chunk([Part(spec, rows.get(spec), spec in shared) for spec in ordered])
+    waiting: deque[tuple[int, Future[_Read]]] = deque()
     ahead_bytes = 0
-    files: dict[Path, tuple[int, FileStamp | None]] = {}
-    buffers = Buffers()
+    files: dict[Path, OpenFile] = {}
     pool = start_readers()
     try:
         for chunk in chunks:
-            file = chunk[0].spec.file
-            if file not in files:
-                files[file] = _open(chunk[0].spec)
+            spec = chunk[0].spec
+            if spec.file not in files:
+                files[spec.file] = OpenFile(spec.file, spec.stamp)
             # A chunk of a few bytes holds a whole buffer.
-            nbytes = min(max(_end(chunk) - chunk[0].start, READ_BYTES), _AHEAD_BYTES)
+            nbytes = min(block_bytes(_end(chunk) - chunk[0].start), _AHEAD_BYTES)
             while waiting and ahead_bytes + nbytes > _AHEAD_BYTES:
                 taken, future = waiting.popleft()
                 ahead_bytes -= taken
-                yield from future.result()
-            waiting.append((nbytes, pool.submit(_read_chunk, files[file][0], chunk, buffers)))
+                yield from _give(future, ranges)
+            waiting.append((nbytes, pool.submit(_read_chunk, files[spec.file], chunk, ranges)))
             ahead_bytes += nbytes
         while waiting:
-            yield from waiting.popleft()[1].result()
-        for file, (descriptor, stamp) in files.items():
-            require_unchanged(file, descriptor, stamp)
+            yield from _give(waiting.popleft()[1], ranges)
+        for file in files.values():
+            file.require_unchanged()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        for descriptor, _ in files.values():
-            os.close(descriptor)
+        for file in files.values():
+            file.close()
+
+
+def _give(future: "Future[_Read]", ranges: Ranges) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+    """Yield what was read, and tell ``ranges`` how long that was waited for, and then used."""
+    begun = time.perf_counter()
+    read = future.result()
+    came = time.perf_counter()
+    yield from read.tensors
+    if read.past_bytes:
+        ranges.note(read.past_bytes, came - begun, time.perf_counter() - came)
 
 
 def _chunk(parts: list[Part]) -> Iterator[list[Part]]:
@@ -115,39 +138,31 @@ def _chunk(parts: list[Part]) -> Iterator[list[Part]]:
         yield chunk
 
 
-def _open(spec: TensorSpec) -> tuple[int, FileStamp | None]:
-    descriptor = reopen(spec.file, spec.stamp)
-    # The kernel's own read-ahead would fetch the neighbours that no rule routes here.
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-    return descriptor, spec.stamp
-
-
 def _end(chunk: list[Part]) -> int:
     return max(part.end for part in chunk)
 
 
-def _read_chunk(descriptor: int, chunk: list[Part], buffers: Buffers) -> Tensors:
+def _read_chunk(file: OpenFile, chunk: list[Part], ranges: Ranges) -> _Read:
     begin, last = chunk[0].start, max(chunk, key=attrgetter("end"))
+    may_pass = not any(part.is_shared for part in chunk)
     if last.end - begin > _LARGE_BYTES and last.spec.shape and last.spec.view is None:
         [part] = chunk
-        return [(part.spec, StoredTensor(part.spec))]
-    buffer = buffers.take(last.end - begin)
-    read_into(buffer, descriptor, begin, last.spec)
-    return [
-        (part.spec, _typed(part, buffer[part.start - begin : part.end - begin])) for part in chunk
-    ]
+        return _Read([(part.spec, StoredTensor(part.spec, ranges=ranges if may_pass else None))])
+    raw, is_past = ranges.lend(file, begin, last.end, last.spec, may_pass)
+    return _Read(
+        [(part.spec, _typed(part, raw[part.start - begin : part.end - begin])) for part in chunk],
+        last.end - begin if is_past else 0,
+    )
 
 
 def _typed(part: Part, raw: torch.Tensor) -> torch.Tensor:
     spec = part.spec
-    dtype = DTYPES[spec.dtype]
-    if raw.storage_offset() % dtype.itemsize:
-        raw = raw.clone()  # safetensors does not promise alignment, torch's view needs it
+    values = as_dtype(raw, DTYPES[spec.dtype])
     if spec.view is not None:
-        return _taken(raw.view(dtype).view(spec.view.stored), spec.view)
+        return _taken(values.view(spec.view.stored), spec.view)
     if part.rows is None:
-        return raw.view(dtype).view(spec.shape)
-    read = raw.view(dtype).view(len(part.rows), *spec.shape[1:])
+        return values.view(spec.shape)
+    read = values.view(len(part.rows), *spec.shape[1:])
     return StoredTensor(spec, ahead=(part.rows, read))
 
 

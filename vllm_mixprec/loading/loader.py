@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
 from vllm_mixprec.checkpoint import TensorSpec
 from vllm_mixprec.checkpoint.hub import fetch
+from vllm_mixprec.checkpoint.ranges import Ranges
 from vllm_mixprec.checkpoint.spelling import class_name
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import PlanError, UnsupportedError
@@ -26,7 +27,7 @@ from vllm_mixprec.loading.fresh_pages import made_ahead
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.loading.reload import as_files_are
-from vllm_mixprec.loading.rows import rank_rows
+from vllm_mixprec.loading.rows import rank_rows, shared_tensors
 from vllm_mixprec.models import PREPARE
 from vllm_mixprec.patches import apply_patches
 from vllm_mixprec.quant.config import LOAD_FORMAT, MixPrecConfig
@@ -76,9 +77,10 @@ class MixPrecLoader(BaseModelLoader):
             dtype=model_config.dtype,
             spell=partial(class_name, config=config.table.base_config),
         )
-        model.mixprec_rows = rank_rows(
-            model.mixprec_intake.held.values(), config.table, get_tensor_model_parallel_rank()
-        )
+        routes = model.mixprec_intake.held.values()
+        rows = rank_rows(routes, config.table, get_tensor_model_parallel_rank())
+        model.mixprec_rows = rows
+        model.mixprec_shared = shared_tensors(routes, config.table, rows)
         model.load_weights = model.mixprec_intake.load_weights
         model.mixprec_served = model_config.model
         model.mixprec_asked = False
@@ -127,13 +129,14 @@ class MixPrecLoader(BaseModelLoader):
             for suffix, spec in route.tensors.items()
         }
         specs = [spec for route in routes for spec in route.tensors.values()]
-        rows = model.mixprec_rows
+        rows, shared = model.mixprec_rows, model.mixprec_shared
         if model.mixprec_asked:  # a reload, which is to read what the sources hold by now
             now = as_files_are(specs)
             specs = list(now.values())
             rows = {now[spec]: part for spec, part in rows.items()}
+            shared = {now[spec] for spec in shared}
         model.mixprec_asked = True
-        return self._read(routes, names, specs, rows)
+        return self._read(routes, names, specs, rows, shared)
 
     def _read(
         self,
@@ -141,6 +144,7 @@ class MixPrecLoader(BaseModelLoader):
         names: dict[tuple[Path, str], str],
         specs: list[TensorSpec],
         rows: dict[TensorSpec, range],
+        shared: set[TensorSpec],
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for line in summarise(routes):
             logger.info("%s", line)
@@ -154,15 +158,18 @@ class MixPrecLoader(BaseModelLoader):
             unit_divisor=1024,
             disable=not shown,
         )
+        ranges = Ranges(may_pass=True)
         with bar:
             shown_bytes = read_bytes = 0
-            for spec, tensor in read_tensors(specs, rows):
+            for spec, tensor in read_tensors(specs, rows, ranges, shared):
                 yield names[spec.file, spec.name], tensor
                 read_bytes += spec.nbytes
                 if read_bytes - shown_bytes >= _BAR_STEP_BYTES:
                     bar.update(read_bytes - shown_bytes)
                     shown_bytes = read_bytes
             bar.update(read_bytes - shown_bytes)
+        if (report := ranges.report()) is not None:
+            logger.info("%s", report)
 
 
 def _plan_config(vllm_config: VllmConfig) -> MixPrecConfig:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of each stored tensor a tensor-parallel rank will ask for."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from vllm_mixprec.checkpoint import TensorSpec
 from vllm_mixprec.routing import Route, RouteTable
@@ -51,6 +51,26 @@ def rank_rows(routes: Iterable[Route], table: RouteTable, tp_rank: int) -> dict[
             if found is not None:
                 rows[spec] = found
     return rows
+
+
+def shared_tensors(
+    routes: Iterable[Route], table: RouteTable, rows: Container[TensorSpec]
+) -> set[TensorSpec]:
+    """Return the tensors of which other ranks read the same bytes; ``rows`` has those that are cut.
+
+    Ranks may be on other machines: then these are read as if they were not.
+    """
+    layout = table.layout
+    replicas = layout.data_parallel_size
+    shared = set()
+    for route in routes:
+        is_expert = parse_expert(route.module) is not None
+        for spec in route.tensors.values():
+            if is_expert and (layout.expert_parallel or spec in rows):
+                continue  # replicas share one set of experts
+            if replicas > 1 or (layout.tensor_parallel_size > 1 and spec not in rows):
+                shared.add(spec)
+    return shared
 
 
 def _cut(stored: int, held: int, whole: int, tp_size: int, tp_rank: int) -> range | None:

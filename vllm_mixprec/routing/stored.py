@@ -13,7 +13,8 @@ from vllm_mixprec.checkpoint.files import reopen, require_unchanged
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.checkpoint.formats.fp8 import SCALE_SUFFIXES
 from vllm_mixprec.checkpoint.header import TensorSpec
-from vllm_mixprec.checkpoint.stored import DTYPES, read_into
+from vllm_mixprec.checkpoint.ranges import read_into
+from vllm_mixprec.checkpoint.stored import DTYPES
 from vllm_mixprec.checkpoint.stream import read_tensors
 
 ORDERS = ("g_idx", "weight_g_idx")

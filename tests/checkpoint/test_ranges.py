@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges of files come the same by either way, and by the way that is the better one."""
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_mixprec.checkpoint import ranges, stored, stream
+from vllm_mixprec.checkpoint.header import TensorSpec, read_header
+from vllm_mixprec.checkpoint.ranges import OpenFile, Ranges
+from vllm_mixprec.checkpoint.stream import read_tensors
+from vllm_mixprec.errors import CheckpointError
+
+COUNT, VALUES = 24, 50_001  # tensors, which begin and end amid pages
+
+
+def make_cold(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+@pytest.fixture
+def cold(tmp_path: Path) -> tuple[dict[str, torch.Tensor], list[TensorSpec]]:
+    """A checkpoint that is on the disk alone: its tensors, and their specs in the file's order."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{number:02}": torch.randn(VALUES, generator=generator).bfloat16()
+        for number in range(COUNT)
+    }
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    specs = sorted(read_header(file).values(), key=lambda spec: spec.start)
+    make_cold(file)
+    with OpenFile(file, specs[0].stamp) as opened:
+        if opened.direct is None:
+            pytest.skip("this file system has no direct reading")
+        if opened.is_cached(specs[0].start, specs[-1].end):
+            pytest.skip("this system does not tell what is in its page cache")
+    return tensors, specs
+
+
+def cached(specs: list[TensorSpec]) -> list[bool]:
+    """Whether each tensor is in the page cache."""
+    with OpenFile(specs[0].file, specs[0].stamp) as opened:
+        return [opened.is_cached(spec.start, spec.end) for spec in specs]
+
+
+def read_all(
+    specs: list[TensorSpec], reader: Ranges, pause_s: float = 0.0, **rest
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for spec, tensor in read_tensors(specs, ranges=reader, **rest):
+        yield spec.name, tensor.clone()
+        del tensor
+        time.sleep(pause_s)
+
+
+def test_a_cold_range_is_read_past_the_page_cache_whatever_its_place(cold):
+    _, specs = cold
+    raw = specs[0].file.read_bytes()
+    make_cold(specs[0].file)
+    size = len(raw)
+    places = [(0, 1), (1, 4095), (4095, 4097), (8192, 12288), (5000, 5_000_000), (size - 1, size)]
+    reader = Ranges(may_pass=True)
+    with OpenFile(specs[0].file, specs[0].stamp) as opened:
+        for start, end in places:
+            end = min(end, size)
+            found, is_past = reader.lend(opened, start, end, specs[-1])
+            assert is_past
+            assert bytes(found.numpy()) == raw[start:end]
+        assert not opened.is_cached(0, size)
+
+
+def test_a_cached_range_is_read_from_the_cache(cold):
+    tensors, specs = cold
+    specs[0].file.read_bytes()
+    reader = Ranges(may_pass=True)
+    found = dict(read_all(specs, reader))
+    assert found.keys() == tensors.keys()
+    assert reader.report() is None
+
+
+def test_nothing_passes_the_cache_unless_it_may(cold):
+    tensors, specs = cold
+    reader = Ranges()
+    found = dict(read_all(specs, reader))
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert reader.report() is None and all(cached(specs))
+
+
+def test_what_others_read_as_well_goes_through_the_cache(cold, monkeypatch):
+    tensors, specs = cold
+    monkeypatch.setattr(stream, "READ_BYTES", 1)  # each tensor by itself
+    found = dict(read_all(specs, Ranges(may_pass=True), shared={specs[7]}))
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert [place for place, is_cached in enumerate(cached(specs)) if is_cached] == [7]
+
+
+@pytest.mark.parametrize("is_load_busy", [True, False])
+def test_the_rest_goes_past_the_cache_only_if_the_load_takes_longer_than_the_device(
+    cold, monkeypatch, is_load_busy
+):
+    """The device is as it is here, or one that takes 30 ms a read; the load takes none, or 30."""
+    tensors, specs = cold
+    monkeypatch.setattr(stream, "READ_BYTES", 1)
+    monkeypatch.setattr(stream, "_AHEAD_BYTES", 1)  # a read at a time
+    monkeypatch.setattr(ranges, "_TRIAL_BYTES", 4 * specs[0].nbytes)
+    real = os.preadv
+
+    def slow(*given):
+        time.sleep(0.0 if is_load_busy else 0.03)
+        return real(*given)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    reader = Ranges(may_pass=True)
+    found = dict(read_all(specs, reader, pause_s=0.03 if is_load_busy else 0.0))
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert reader.is_tried
+    if is_load_busy:
+        assert not any(cached(specs))
+        assert "the device gives them as fast as they are loaded" in reader.report()
+    else:
+        # One more was asked for before the fourth was noted.
+        assert [is_cached for is_cached in cached(specs)].index(True) in (4, 5)
+        assert all(cached(specs)[5:])
+        assert "the rest through it for the next start" in reader.report()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_tensors_pass_the_cache_once_that_is_decided(cold, monkeypatch, dtype):
+    tensors, specs = cold
+    monkeypatch.setattr(stream, "READ_BYTES", 1)
+    monkeypatch.setattr(stream, "_LARGE_BYTES", 1)
+    monkeypatch.setattr(stored, "READ_BYTES", 30_000)
+    reader = Ranges(may_pass=True)
+    target = torch.zeros(VALUES, dtype=dtype)
+    for place, (spec, tensor) in enumerate(read_tensors(specs[:8], ranges=reader)):
+        if place == 4:  # as it is after a trial of smaller ones
+            reader.is_tried = True
+        target.copy_(tensor)
+        assert torch.equal(target, tensors[spec.name].to(dtype))
+    assert cached(specs[:8]) == [True] * 4 + [False] * 4
+
+
+def test_a_file_that_was_cut_short_is_an_error_by_either_way(cold):
+    _, specs = cold
+    reader = Ranges(may_pass=True)
+    last = specs[-1]
+    with OpenFile(last.file, last.stamp) as opened:
+        os.truncate(last.file, last.end - 5000)
+        with pytest.raises(CheckpointError, match=f"ends at byte {last.end - 5000}, expected"):
+            reader.lend(opened, last.start, last.end, last)
+
+
+@pytest.mark.parametrize("refuses", ["to open", "to read"])
+def test_a_file_system_without_direct_reading_is_read_through_the_cache(cold, monkeypatch, refuses):
+    tensors, specs = cold
+    real_open, real_read = os.open, os.preadv
+    direct = set()
+
+    def opening(path, flags, *rest, **named):
+        if flags & os.O_DIRECT and refuses == "to open":
+            raise OSError(errno.EINVAL, "no direct reading")
+        descriptor = real_open(path, flags, *rest, **named)
+        if flags & os.O_DIRECT:
+            direct.add(descriptor)
+        return descriptor
+
+    def reading(descriptor, *rest):
+        if descriptor in direct:
+            raise OSError(errno.EINVAL, "not by this")
+        return real_read(descriptor, *rest)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "preadv", reading)
+    reader = Ranges(may_pass=True)
+    found = dict(read_all(specs, reader))
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert reader.report() is None
+    assert bool(direct) == (refuses == "to read")
