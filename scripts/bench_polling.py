@@ -11,14 +11,15 @@ worker's share is timed in the worker. "Hold" is how long the step loop stands s
 as vLLM does it (it waits for the worker) and as ``patches/engine_core_wait.py`` does (it does not).
 
 Clients: one server at a time has four clients that stream without a pause, while the scrapers are
-switched on and off in slices of a few seconds, A B B A. The gaps between tokens are pooled a side,
-thousands of them; the ratio of two sides has a confidence interval from drawing pairs of
-neighbouring slices again (bootstrap), because gaps of one moment are alike. Three servers take
-turns: ours with ``/metrics`` scraped; ours without its poll each second, its counters read through
-``/v1/mixprec/expert_stats`` (a reading or none at all); and stock, whose own ``/metrics`` is
-scraped: the control, for vLLM's own metrics cost something, too. Of many scrapers there is another
-control: they ask a process that only answers, with as many bytes; what slows the server then is
-what the scrapers themselves take of the machine.
+switched on and off in slices of a few seconds, A B B A. How much decoding is slowed is told as
+bench_counters.py tells it: the seconds a token of a scraped slice over its quiet neighbour's, the
+median of all such pairs. The gaps between tokens are also pooled a side, thousands of them. Each
+ratio has a confidence interval from drawing pairs again (bootstrap), because gaps of one moment are
+alike. Three servers take turns: ours with ``/metrics`` scraped; ours without its poll each second,
+its counters read through ``/v1/mixprec/expert_stats`` (a reading or none at all); and stock, whose
+own ``/metrics`` is scraped: the control, for vLLM's own metrics cost something, too. Of many
+scrapers there is another control: they ask a process that only answers, with as many bytes; what
+slows the server then is what the scrapers themselves take of the machine.
 
 Ratios are times: above 1 is slower. Progress goes to stderr, tables to stdout.
 """
@@ -98,7 +99,9 @@ def run_block(
     seed: int,
 ) -> list[tuple[bool, list[float]]]:
     """Stream through slices A B B A; returns for each whether it was scraped, and its gaps."""
-    plan = (False, True, True, False) if seed % 2 == 0 else (True, False, False, True)
+    plan = (False, True, True, False) * (options.slices // 4)
+    if seed % 2:
+        plan = tuple(not scraped for scraped in plan)
     seen = Gaps()
     begun = time.monotonic() + 2.0  # the first tokens
 
@@ -127,21 +130,41 @@ def run_block(
     return slices
 
 
-def compare(slices: Sequence[tuple[bool, list[float]]], of: Callable[[Any], float]) -> list[float]:
-    """Ratio, scraped over not, with its 95 % interval: neighbouring slices are drawn together."""
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # gaps of a scraped slice and its quiet neighbour's
+
+
+def pairs_of(slices: Sequence[tuple[bool, list[float]]]) -> Pairs:
+    found = []
     for first, second in zip(slices[::2], slices[1::2], strict=True):
         quiet, scraped = (first, second) if second[0] else (second, first)
-        pairs.append((np.array(scraped[1]), np.array(quiet[1])))
+        found.append((np.array(scraped[1]), np.array(quiet[1])))
+    return found
 
-    def ratio(chosen: Sequence[int]) -> float:
-        sides = [np.concatenate([pairs[i][side] for i in chosen]) for side in (0, 1)]
-        return of(sides[0]) / of(sides[1])
 
+def compare(pairs: Pairs, ratio: Callable[[Pairs], float]) -> list[float]:
+    """Ratio, scraped over not, with its 95 % interval: pairs are drawn again."""
     generator = np.random.default_rng(0)
-    drawn = [ratio(generator.integers(0, len(pairs), len(pairs))) for _ in range(_DRAWS)]
+    drawn = [
+        ratio([pairs[place] for place in generator.integers(0, len(pairs), len(pairs))])
+        for _ in range(_DRAWS)
+    ]
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return [ratio(range(len(pairs))), float(low), float(high)]
+    return [ratio(pairs), float(low), float(high)]
+
+
+def pooled(of: Callable[[Any], float]) -> Callable[[Pairs], float]:
+    """Return a ratio of all gaps of one side over all of the other."""
+
+    def ratio(pairs: Pairs) -> float:
+        scraped, quiet = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+        return of(scraped) / of(quiet)
+
+    return ratio
+
+
+def median_of_pairs(pairs: Pairs) -> float:
+    """Seconds a token, scraped over not: the median of neighbouring slices."""
+    return statistics.median(float(scraped.mean() / quiet.mean()) for scraped, quiet in pairs)
 
 
 STATISTICS: dict[str, Callable[[Any], float]] = {
@@ -149,6 +172,7 @@ STATISTICS: dict[str, Callable[[Any], float]] = {
     "p99": lambda gaps: float(np.quantile(gaps, 0.99)),
     "mean": lambda gaps: float(np.mean(gaps)),
 }
+RATIOS = {"pairs": median_of_pairs} | {name: pooled(of) for name, of in STATISTICS.items()}
 
 
 def bench_clients(
@@ -194,7 +218,7 @@ def bench_clients(
                 )
         scraped = {name: each.stop() for name, each in scrapers.items()}
     ratios = {
-        name: {key: compare(slices, of) for key, of in STATISTICS.items()}
+        name: {key: compare(pairs_of(slices), ratio) for key, ratio in RATIOS.items()}
         for name, slices in found.items()
     }
     sides = {
@@ -223,8 +247,8 @@ def report_clients(result: dict[str, Any]) -> Iterator[str]:
             cells = " | ".join(f"{values[key]:.2f}" for key in STATISTICS)
             yield f"| {name}: {side} | {values['gaps']} | {cells} |"
     yield ""
-    yield "| scraped over quiet (95 % interval) | p50 | p99 | mean |"
-    yield "|---|---|---|---|"
+    yield "| scraped over quiet (95 % interval) | a token, median of pairs | p50 | p99 | mean |"
+    yield "|---|---|---|---|---|"
     for name, ratios in result["ratios"].items():
         cells = " | ".join(f"{v:.3f} ({low:.3f} to {high:.3f})" for v, low, high in ratios.values())
         yield f"| {name} | {cells} |"
@@ -252,7 +276,10 @@ def main() -> None:
         help="that many scrapers (default 200), and clients that never read",
     )
     parser.add_argument("--blocks", type=int, default=8, help="a kind of server (default 8)")
-    parser.add_argument("--slice", type=float, default=4.0, help="seconds (default 4)")
+    parser.add_argument("--slice", type=float, help="seconds (default 4; of many scrapers 1.5)")
+    parser.add_argument(
+        "--slices", type=int, help="a block, a multiple of 4 (default 4; of many scrapers 16)"
+    )
     parser.add_argument("--clients", type=int, default=4, help="that stream (default 4)")
     parser.add_argument(
         "--every", type=float, help="seconds between a scraper's scrapes (default 1; of many 5)"
@@ -278,6 +305,12 @@ def main() -> None:
         name = "_scrapers" if options.scrapers else ""
         if options.every is None:
             options.every = 5.0 if options.scrapers else 1.0
+        if options.slice is None:
+            options.slice = 1.5 if options.scrapers else 4.0
+        if options.slices is None:
+            options.slices = 16 if options.scrapers else 4
+        if options.slices % 4 or options.slices < 4:
+            parser.error(f"--slices {options.slices}; expected a multiple of 4")
         shape = Shape(layers=2) if options.quick else Shape()
         folder = ROOT / "runs" / "synthetic-quick" if options.quick else DEFAULT
         model = write_models(options.models or folder, shape, ("bf16",))["bf16"]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from vllm_mixprec.checkpoint import ranges, stored, stream
 from vllm_mixprec.checkpoint.header import TensorSpec, read_header
-from vllm_mixprec.checkpoint.ranges import OpenFile, Ranges
+from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import CheckpointError
 
@@ -39,7 +39,7 @@ def cold(tmp_path: Path) -> tuple[dict[str, torch.Tensor], list[TensorSpec]]:
     save_file(tensors, file)
     specs = sorted(read_header(file).values(), key=lambda spec: spec.start)
     make_cold(file)
-    with OpenFile(file, specs[0].stamp) as opened:
+    with OpenFile(file, specs[0].stamp, may_pass=True) as opened:
         if opened.direct is None:
             pytest.skip("this file system has no direct reading")
         if opened.is_cached(specs[0].start, specs[-1].end):
@@ -49,14 +49,14 @@ def cold(tmp_path: Path) -> tuple[dict[str, torch.Tensor], list[TensorSpec]]:
 
 def cached(specs: list[TensorSpec]) -> list[bool]:
     """Whether each tensor is in the page cache."""
-    with OpenFile(specs[0].file, specs[0].stamp) as opened:
+    with OpenFile(specs[0].file, specs[0].stamp, may_pass=True) as opened:
         return [opened.is_cached(spec.start, spec.end) for spec in specs]
 
 
 def read_all(
-    specs: list[TensorSpec], reader: Ranges, pause_s: float = 0.0, **rest
+    specs: list[TensorSpec], reader: RangeReader, pause_s: float = 0.0, **rest
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for spec, tensor in read_tensors(specs, ranges=reader, **rest):
+    for spec, tensor in read_tensors(specs, reader=reader, **rest):
         yield spec.name, tensor.clone()
         del tensor
         time.sleep(pause_s)
@@ -68,8 +68,8 @@ def test_a_cold_range_is_read_past_the_page_cache_whatever_its_place(cold):
     make_cold(specs[0].file)
     size = len(raw)
     places = [(0, 1), (1, 4095), (4095, 4097), (8192, 12288), (5000, 5_000_000), (size - 1, size)]
-    reader = Ranges(may_pass=True)
-    with OpenFile(specs[0].file, specs[0].stamp) as opened:
+    reader = RangeReader(may_pass=True)
+    with OpenFile(specs[0].file, specs[0].stamp, may_pass=True) as opened:
         for start, end in places:
             end = min(end, size)
             found, is_past = reader.lend(opened, start, end, specs[-1])
@@ -81,7 +81,7 @@ def test_a_cold_range_is_read_past_the_page_cache_whatever_its_place(cold):
 def test_a_cached_range_is_read_from_the_cache(cold):
     tensors, specs = cold
     specs[0].file.read_bytes()
-    reader = Ranges(may_pass=True)
+    reader = RangeReader(may_pass=True)
     found = dict(read_all(specs, reader))
     assert found.keys() == tensors.keys()
     assert reader.report() is None
@@ -89,7 +89,7 @@ def test_a_cached_range_is_read_from_the_cache(cold):
 
 def test_nothing_passes_the_cache_unless_it_may(cold):
     tensors, specs = cold
-    reader = Ranges()
+    reader = RangeReader()
     found = dict(read_all(specs, reader))
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert reader.report() is None and all(cached(specs))
@@ -98,39 +98,80 @@ def test_nothing_passes_the_cache_unless_it_may(cold):
 def test_what_others_read_as_well_goes_through_the_cache(cold, monkeypatch):
     tensors, specs = cold
     monkeypatch.setattr(stream, "READ_BYTES", 1)  # each tensor by itself
-    found = dict(read_all(specs, Ranges(may_pass=True), shared={specs[7]}))
+    found = dict(read_all(specs, RangeReader(may_pass=True), shared={specs[7]}))
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert [place for place, is_cached in enumerate(cached(specs)) if is_cached] == [7]
 
 
-@pytest.mark.parametrize("is_load_busy", [True, False])
-def test_the_rest_goes_past_the_cache_only_if_the_load_takes_longer_than_the_device(
-    cold, monkeypatch, is_load_busy
-):
-    """The device is as it is here, or one that takes 30 ms a read; the load takes none, or 30."""
-    tensors, specs = cold
+@pytest.fixture
+def one_by_one(cold, monkeypatch):
+    """Each tensor is a read by itself, none is read ahead, and four are the trial."""
     monkeypatch.setattr(stream, "READ_BYTES", 1)
-    monkeypatch.setattr(stream, "_AHEAD_BYTES", 1)  # a read at a time
-    monkeypatch.setattr(ranges, "_TRIAL_BYTES", 4 * specs[0].nbytes)
+    monkeypatch.setattr(stream, "_AHEAD_BYTES", 1)
+    monkeypatch.setattr(ranges, "_TRIAL_BYTES", 4 * cold[1][0].nbytes)
+    return cold
+
+
+@pytest.fixture
+def slow(monkeypatch) -> list[float]:
+    """Seconds that a read takes longer by now."""
+    pause_s = [0.03]
     real = os.preadv
 
-    def slow(*given):
-        time.sleep(0.0 if is_load_busy else 0.03)
+    def reading(*given):
+        time.sleep(pause_s[-1])
         return real(*given)
 
-    monkeypatch.setattr(os, "preadv", slow)
-    reader = Ranges(may_pass=True)
-    found = dict(read_all(specs, reader, pause_s=0.03 if is_load_busy else 0.0))
+    monkeypatch.setattr(os, "preadv", reading)
+    return pause_s
+
+
+def wait_until_cached(specs: list[TensorSpec]) -> None:
+    until = time.monotonic() + 20
+    while not all(cached(specs)):
+        assert time.monotonic() < until, cached(specs)
+        time.sleep(0.01)
+
+
+def test_a_load_that_takes_longer_than_the_device_goes_past_the_cache(one_by_one):
+    tensors, specs = one_by_one
+    reader = RangeReader(may_pass=True)
+    found = dict(read_all(specs, reader, pause_s=0.03))
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert reader.is_tried
-    if is_load_busy:
-        assert not any(cached(specs))
-        assert "the device gives them as fast as they are loaded" in reader.report()
-    else:
-        # One more was asked for before the fourth was noted.
-        assert [is_cached for is_cached in cached(specs)].index(True) in (4, 5)
-        assert all(cached(specs)[5:])
-        assert "the rest through it for the next start" in reader.report()
+    assert reader.is_tried and not any(cached(specs))
+    assert "so was the rest that is not cached" in reader.report()
+
+
+def test_a_load_that_waits_for_the_device_leaves_all_in_the_cache(one_by_one, slow):
+    tensors, specs = one_by_one
+    reader = RangeReader(may_pass=True)
+    rest = iter(read_all(specs, reader))
+    found = dict(next(rest) for _ in range(7))
+    assert cached(specs[:6]) == [False] * 4 + [True] * 2
+    found |= dict(rest)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert "the rest was not" in reader.report()
+    slow.append(0.0)
+    wait_until_cached(specs)  # those of the trial as well: they are brought there when all is read
+
+
+def test_a_load_of_less_than_a_trial_is_in_the_cache_as_well_if_it_waited(one_by_one, slow):
+    _, specs = one_by_one
+    list(read_all(specs[:3], RangeReader(may_pass=True)))
+    wait_until_cached(specs[:3])
+
+
+def test_a_device_that_becomes_slow_is_noticed(one_by_one, slow):
+    _, specs = one_by_one
+    slow.append(0.0)
+    reader = RangeReader(may_pass=True)
+    rest = iter(read_all(specs, reader, pause_s=0.01))
+    for _ in range(6):
+        next(rest)
+    assert reader.is_tried and reader.may_pass
+    slow.append(0.05)
+    list(rest)
+    assert not reader.may_pass and cached(specs)[-1] and not any(cached(specs[4:6]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -139,9 +180,9 @@ def test_large_tensors_pass_the_cache_once_that_is_decided(cold, monkeypatch, dt
     monkeypatch.setattr(stream, "READ_BYTES", 1)
     monkeypatch.setattr(stream, "_LARGE_BYTES", 1)
     monkeypatch.setattr(stored, "READ_BYTES", 30_000)
-    reader = Ranges(may_pass=True)
+    reader = RangeReader(may_pass=True)
     target = torch.zeros(VALUES, dtype=dtype)
-    for place, (spec, tensor) in enumerate(read_tensors(specs[:8], ranges=reader)):
+    for place, (spec, tensor) in enumerate(read_tensors(specs[:8], reader=reader)):
         if place == 4:  # as it is after a trial of smaller ones
             reader.is_tried = True
         target.copy_(tensor)
@@ -149,11 +190,12 @@ def test_large_tensors_pass_the_cache_once_that_is_decided(cold, monkeypatch, dt
     assert cached(specs[:8]) == [True] * 4 + [False] * 4
 
 
-def test_a_file_that_was_cut_short_is_an_error_by_either_way(cold):
+@pytest.mark.parametrize("may_pass", [True, False])
+def test_a_file_that_was_cut_short_is_an_error_by_either_way(cold, may_pass):
     _, specs = cold
-    reader = Ranges(may_pass=True)
+    reader = RangeReader(may_pass)
     last = specs[-1]
-    with OpenFile(last.file, last.stamp) as opened:
+    with OpenFile(last.file, last.stamp, may_pass=True) as opened:
         os.truncate(last.file, last.end - 5000)
         with pytest.raises(CheckpointError, match=f"ends at byte {last.end - 5000}, expected"):
             reader.lend(opened, last.start, last.end, last)
@@ -175,13 +217,14 @@ def test_a_file_system_without_direct_reading_is_read_through_the_cache(cold, mo
 
     def reading(descriptor, *rest):
         if descriptor in direct:
-            raise OSError(errno.EINVAL, "not by this")
+            raise OSError(errno.EOPNOTSUPP, "not by this")
         return real_read(descriptor, *rest)
 
     monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(os, "preadv", reading)
-    reader = Ranges(may_pass=True)
+    reader = RangeReader(may_pass=True)
     found = dict(read_all(specs, reader))
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert reader.report() is None
     assert bool(direct) == (refuses == "to read")
+    if direct:
+        assert "reading past it was refused ([Errno 95] not by this)" in reader.report()

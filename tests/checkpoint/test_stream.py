@@ -151,12 +151,25 @@ def test_misaligned_tensors_are_read(tmp_path):
     values = torch.tensor([1.5, -2.0])
     header = (
         b'{"b":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        b'"e":{"dtype":"F32","shape":[0],"data_offsets":[1,1]},'
         b'"f":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}'
     )
     body = b"\x07" + values.numpy().tobytes()
     file.write_bytes(len(header).to_bytes(8, "little") + header + body)
     found = {spec.name: tensor for spec, tensor in read_tensors(read_header(file).values())}
     assert torch.equal(found["f"], values) and found["b"].item() == 7
+    assert found["e"].shape == (0,) and found["e"].dtype == torch.float32
+
+
+def test_a_file_is_closed_when_what_is_wanted_of_it_was_read(tmp_path):
+    """Models have hundreds of shards, a process may open a thousand files."""
+    for number in range(40):
+        save_file({f"{number:02}": torch.full((9,), number)}, tmp_path / f"{number:02}.safetensors")
+    specs = [spec for file in tmp_path.iterdir() for spec in read_header(file).values()]
+    before = len(os.listdir("/proc/self/fd"))
+    open_files = [len(os.listdir("/proc/self/fd")) - before for _ in read_tensors(specs)]
+    assert len(open_files) == 40
+    assert max(open_files[20:]) <= 21 and open_files[-1] <= 2
 
 
 def test_stopping_early_closes_files_and_threads(shards):

@@ -17,7 +17,7 @@ from tests.routing.models import CPU, make_plan
 from vllm_mixprec import compose
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.composition import PLAN_FILE
-from vllm_mixprec.loading.rows import rank_rows
+from vllm_mixprec.loading.rows import rank_rows, shared_tensors
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Layout, RouteTable, load_route_table
 from vllm_mixprec.routing.parallel import Placement
@@ -167,7 +167,7 @@ def test_rank_reads_an_eighth_of_what_is_cut_along_rows(
 
 
 @pytest.mark.parametrize(
-    "module, suffix, rank, rows",
+    "module, suffix, rank, expected",
     [
         ("model.layers.25.self_attn.q_b_proj", "weight", 0, range(0, 384)),
         ("model.layers.25.self_attn.q_b_proj", "weight", 7, range(2688, 3072)),
@@ -176,10 +176,10 @@ def test_rank_reads_an_eighth_of_what_is_cut_along_rows(
     ],
 )
 def test_rows_of_a_rank(
-    table: RouteTable, module: str, suffix: str, rank: int, rows: range
+    table: RouteTable, module: str, suffix: str, rank: int, expected: range
 ) -> None:
     route = table.routes[module]
-    assert rank_rows([route], table, rank)[route.tensors[suffix]] == rows
+    assert rank_rows([route], table, rank)[route.tensors[suffix]] == expected
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,73 @@ def test_rows_of_a_rank(
 )
 def test_what_is_not_cut_along_rows_is_read_whole(table: RouteTable, module: str) -> None:
     assert rank_rows([table.routes[module]], table, TP_RANK) == {}
+
+
+@pytest.mark.parametrize(
+    "layout, shared",
+    [
+        (Layout(), {}),
+        (Layout(pipeline_parallel_size=8), {}),
+        (
+            Layout(tensor_parallel_size=8),
+            {"embed": False, "q_b": False, "o": True, "gate": True, "down": False, "norm": True},
+        ),
+        (
+            Layout(tensor_parallel_size=8, expert_parallel=True),
+            {"embed": False, "q_b": False, "o": True, "gate": False, "down": False, "norm": True},
+        ),
+        (
+            Layout(data_parallel_size=2, tensor_parallel_size=4),
+            {"embed": True, "q_b": True, "o": True, "gate": True, "down": False, "norm": True},
+        ),
+        (
+            Layout(data_parallel_size=2, expert_parallel=True),
+            {"embed": True, "q_b": True, "o": True, "gate": False, "down": False, "norm": True},
+        ),
+    ],
+    ids=str,
+)
+def test_what_other_ranks_read_as_well_is_known(
+    composed: Path, layout: Layout, shared: dict[str, bool]
+) -> None:
+    table = load_route_table(Plan.from_yaml(composed / PLAN_FILE), layout, CPU)
+    modules = {
+        "embed": ("model.embed_tokens", "weight"),
+        "q_b": ("model.layers.25.self_attn.q_b_proj", "weight"),
+        "o": ("model.layers.25.self_attn.o_proj", "weight"),
+        "gate": ("model.layers.25.mlp.experts.5.gate_proj", "qweight"),  # (K / 8, N), cut along N
+        "down": ("model.layers.25.mlp.experts.5.down_proj", "qweight"),
+        "norm": ("model.layers.25.input_layernorm", "weight"),
+    }
+    routes = [table.routes[module] for module, _ in modules.values()]
+    found = shared_tensors(routes, table, rank_rows(routes, table, tp_rank=0))
+    specs = {
+        name: table.routes[module].tensors[suffix] for name, (module, suffix) in modules.items()
+    }
+    assert {name: spec in found for name, spec in specs.items()} == dict.fromkeys(
+        specs, False
+    ) | shared
+
+
+@pytest.mark.parametrize("parts, is_shared", [(8, False), (4, True)])
+def test_ranks_that_share_a_key_value_head_read_the_same(
+    table: RouteTable, parts: int, is_shared: bool
+) -> None:
+    """Four heads on eight ranks, as of Qwen3-30B-A3B: each rank reads a quarter."""
+    route = table.routes["model.layers.25.self_attn.kv_b_proj"]
+    spec = route.tensors["weight"]
+    rows = {spec: range(spec.shape[0] // parts)}
+    assert (spec in shared_tensors([route], table, rows)) == is_shared
+
+
+@pytest.mark.parametrize("dp_rank, expected", [(0, range(32, 48)), (1, range(96, 112))])
+def test_experts_are_cut_over_the_ranks_of_all_replicas(
+    composed: Path, dp_rank: int, expected: range
+) -> None:
+    layout = Layout(tensor_parallel_size=4, data_parallel_size=2)
+    table = load_route_table(Plan.from_yaml(composed / PLAN_FILE), layout, CPU)
+    route = table.routes["model.layers.25.mlp.experts.5.down_proj"]
+    assert rank_rows([route], table, 2, dp_rank)[route.tensors["qweight"]] == expected
 
 
 @needs_cpu

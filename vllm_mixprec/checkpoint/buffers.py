@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory for reading, used again as soon as nothing views it."""
 
+import contextlib
 import mmap
 import threading
 import weakref
@@ -9,10 +10,12 @@ from collections import deque
 import numpy as np
 import torch
 
+# Small neighbours share one read. Larger reads gain nothing on NVMe or page cache and cost memory.
 READ_BYTES = 4 << 20
 
 _HUGE_BYTES = 2 << 20
-_KEPT_BYTES = 64 << 20  # of free blocks
+_SLACK_BYTES = 64 << 10  # of small pages behind the huge ones: what is read may begin amid a page
+_KEPT_BYTES = 64 << 20  # of free blocks, and of one
 
 
 class Buffers:
@@ -34,35 +37,38 @@ class Buffers:
         """Return ``nbytes`` of uint8, at least one, that begin with a page."""
         block = self._block(block_bytes(nbytes))
         lent = block[:nbytes]  # an object of its own, which the tensor's storage keeps alive
-        # Takes no lock: the collector may run it in a thread that holds one.
-        weakref.finalize(lent, self._free.append, block)
+        if len(block) <= _KEPT_BYTES:
+            # Takes no lock: the collector may run it in a thread that holds one.
+            weakref.finalize(lent, self._free.append, block)
         return torch.from_numpy(lent)
 
     def _block(self, size: int) -> np.ndarray:
         with self._lock:
-            for place in range(len(self._free) - 1, -1, -1):
-                if len(self._free[place]) == size:
-                    block = self._free[place]
-                    del self._free[place]
-                    return block
             while sum(map(len, self._free)) > _KEPT_BYTES:  # of sizes that nobody asks for any more
                 self._free.popleft()
+            for place in range(len(self._free) - 1, -1, -1):
+                block = self._free[place]
+                if len(block) == size:
+                    del self._free[place]
+                    return block
         return _map(size)
 
 
 def block_bytes(nbytes: int) -> int:
     """Return what a loan of so many bytes holds in memory, at most."""
-    return max(-(-nbytes // _HUGE_BYTES) * _HUGE_BYTES, READ_BYTES)
+    huge = -(-(nbytes - _SLACK_BYTES) // _HUGE_BYTES) * _HUGE_BYTES
+    return max(huge, READ_BYTES) + _SLACK_BYTES
 
 
 def _map(nbytes: int) -> np.ndarray:
     """Map memory that begins with a huge page's boundary; what lies before and behind is unused."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     mapped = mmap.mmap(-1, nbytes + _HUGE_BYTES, flags=flags)
-    try:
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        pass  # a system without them: small pages do as well, only slower
     whole = np.frombuffer(mapped, dtype=np.uint8)
     skipped = -whole.ctypes.data % _HUGE_BYTES
+    with contextlib.suppress(OSError):  # a system without them: small pages do, only slower
+        mapped.madvise(mmap.MADV_HUGEPAGE, skipped, nbytes // _HUGE_BYTES * _HUGE_BYTES)
+    with contextlib.suppress(OSError):
+        # Until Linux 5.19 a device could write past a page that a fork meanwhile had copied.
+        mapped.madvise(mmap.MADV_DONTFORK)
     return whole[skipped : skipped + nbytes]

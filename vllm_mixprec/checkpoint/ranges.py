@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads ranges of files: through the system's page cache, or past it where nobody would miss it.
+"""Reads ranges of files: through the system's page cache, or past it where few would miss it.
 
 What is read through the page cache is there for the next start and for other ranks. But making the
-cache's pages and copying out of them takes processor time, which a load may need for itself: four
-layers of Qwen3-30B-A3B on two cores load from a cold disk in half the processor time, and nearly
-twice as fast, when read past it (O_DIRECT). So ranges that are cached are read from the cache, and
-of the others the first 256 MiB past it. If the load waited for those longer than it then was busy
-with them, cached bytes would make the next start faster, and the rest is read through the cache. If
-not, the device keeps up with loading, at the next start as at this one, and the rest is read past
-the cache as well.
+cache's pages and copying out of them takes processor time, at the next start too, which a load may
+need for itself: four layers of Qwen3-30B-A3B on two cores load from a cold disk in half the
+processor time, and nearly twice as fast, when read past it (O_DIRECT); as fast as from the cache.
+
+So ranges that are cached are read from the cache, and others past it as long as loading waits for
+them no more than half of its time: even a cache that took no time could not make the next start
+more than twice as fast. When it waits more, as for a slow disk, the rest is read through the cache,
+and what had told so, 256 MiB or less, is brought there afterwards.
 """
 
+import contextlib
 import ctypes
-import errno
 import mmap
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -29,41 +31,43 @@ from vllm_mixprec.errors import CheckpointError
 
 _TRIAL_BYTES = 256 << 20
 _SAMPLE_BYTES = 64 << 10
+_ALIGNED_BYTES = 4096  # of offsets, sizes and memory; a device that asks for more says so
+_ADVISED_BYTES = 128 << 10  # of one advice; the kernel cuts longer ones short
 _LIBC = ctypes.PyDLL(None)  # keeps Python's lock, which takes longer to get than mincore takes
-_ALIGNED_BYTES = 4096  # of offsets, sizes and memory; no device asks for more
 
 
 class OpenFile:
     """A checkpoint's file, open for its data.
 
+    Args:
+        may_pass: whether to open it for reading past the page cache as well.
+
     Raises:
         CheckpointError: it is gone, or not as it was when ``stamp`` was taken.
     """
 
-    def __init__(self, file: Path, stamp: FileStamp | None) -> None:
+    def __init__(self, file: Path, stamp: FileStamp | None, may_pass: bool = False) -> None:
         self.file = file
-        self._stamp = stamp
-        self.descriptor = reopen(file, stamp)
-        # The kernel's own read-ahead would fetch the neighbours that no rule routes here.
-        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        try:
-            # The very file that is open, whatever its path leads to by now.
-            path = f"/proc/self/fd/{self.descriptor}"
-            self.direct: int | None = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        except OSError:  # the file system has no such reading
-            self.direct = None
-        # Only to ask what is cached: reading by it would end in a SIGBUS where the file was cut.
-        # Once a file, since each mapping stops those who are making pages meanwhile.
+        self.stamp = stamp
+        self.direct: int | None = None
         self._mapped: np.ndarray | None = None
-        try:
-            mapped = mmap.mmap(self.descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ)
-            self._mapped = np.frombuffer(mapped, np.uint8)
-        except (OSError, ValueError):  # not to be mapped, or empty
-            pass
+        self.descriptor = reopen(file, stamp)
+        _read_no_neighbours(self.descriptor)
+        if may_pass:
+            # A file system may have no such reading, and none that tells what is cached.
+            with contextlib.suppress(OSError, ValueError):
+                # Only to ask what is cached: reading by it ends in a SIGBUS where a file is cut.
+                # Once a file, for each mapping stops those who are making pages meanwhile.
+                mapped = mmap.mmap(self.descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+                self._mapped = np.frombuffer(mapped, np.uint8)
+                # The very file that is open, whatever its path leads to by now.
+                path = f"/proc/self/fd/{self.descriptor}"
+                self.direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+                _read_no_neighbours(self.direct)
 
     def require_unchanged(self) -> None:
         """Make sure that it is as it was when its header was read; raises CheckpointError."""
-        require_unchanged(self.file, self.descriptor, self._stamp)
+        require_unchanged(self.file, self.descriptor, self.stamp)
 
     def is_cached(self, start: int, end: int) -> bool:
         """Whether the middle of a range is in the page cache, as a sample of all of it.
@@ -72,8 +76,8 @@ class OpenFile:
         """
         if self._mapped is None:
             return True
-        middle = (start + end) // 2 // mmap.PAGESIZE * mmap.PAGESIZE
-        begin = max(middle - _SAMPLE_BYTES // 2, start // mmap.PAGESIZE * mmap.PAGESIZE)
+        first = max((start + end - _SAMPLE_BYTES) // 2, start)
+        begin = first // mmap.PAGESIZE * mmap.PAGESIZE
         size = min(_SAMPLE_BYTES, end - begin)
         states = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
         failed = _LIBC.mincore(
@@ -82,6 +86,13 @@ class OpenFile:
             ctypes.c_void_p(states.ctypes.data),
         )
         return bool(failed) or 2 * int(np.count_nonzero(states & 1)) >= len(states)
+
+    def close_unchanged(self) -> None:
+        """Close it, and make sure that it was not changed while it was read."""
+        try:
+            self.require_unchanged()
+        finally:
+            self.close()
 
     def close(self) -> None:
         self._mapped = None
@@ -101,7 +112,12 @@ class OpenFile:
         self.close()
 
 
-class Ranges:
+def _read_no_neighbours(descriptor: int) -> None:
+    # The kernel's own read-ahead would fetch what no rule routes here.
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+class RangeReader:
     """Reads ranges of open files, and decides by which way.
 
     Args:
@@ -109,11 +125,13 @@ class Ranges:
     """
 
     def __init__(self, may_pass: bool = False) -> None:
+        self.may_pass = may_pass
+        self.is_tried = False  # whether enough was read past the cache to tell if that is well
         self._buffers = Buffers()
-        self._passes = may_pass
-        self.is_tried = False  # whether it is decided
         self._busy_s = self._waited_s = 0.0
         self._noted_bytes = self._past_bytes = 0
+        self._tried: list[tuple[OpenFile, int, int]] = []
+        self._refused: OSError | None = None
         self._lock = threading.Lock()
 
     def lend(
@@ -151,56 +169,85 @@ class Ranges:
                 return
         read_into(raw, file.descriptor, start, spec)
 
-    def note(self, nbytes: int, waited_s: float, busy_s: float) -> None:
+    def note(self, file: OpenFile, start: int, end: int, waited_s: float, busy_s: float) -> None:
         """Take note of a range that was read past the cache, when it is done with.
 
         Args:
             waited_s: how long the load waited for it.
             busy_s: how long it then was busy with it.
         """
-        self._noted_bytes += nbytes
+        self._noted_bytes += end - start
         self._waited_s += waited_s
         self._busy_s += busy_s
-        if not self.is_tried and self._noted_bytes >= _TRIAL_BYTES:
-            self.is_tried = True
-            self._passes = self._waited_s <= self._busy_s
+        if not self.is_tried:
+            self._tried.append((file, start, end))
+            self.is_tried = self._noted_bytes >= _TRIAL_BYTES
+        if self.is_tried and self._is_waiting():
+            self.may_pass = False
+
+    def finish(self) -> None:
+        """Have what was tried brought into the page cache, if the next start could use it there."""
+        if self._tried and self._is_waiting():
+            tried = [(file.file, file.stamp, start, end) for file, start, end in self._tried]
+            # The device is slow, and nobody waits for this.
+            threading.Thread(
+                target=_bring, args=(tried,), name="mixprec-cache", daemon=True
+            ).start()
+        self._tried = []
 
     def report(self) -> str | None:
         """Say in a line what was read past the page cache and why; None where nothing was."""
+        if self._refused is not None:
+            return f"read through the page cache: reading past it was refused ({self._refused})"
         if not self._past_bytes:
             return None
         waited = self._waited_s / max(self._waited_s + self._busy_s, 1e-9)
-        why = "to see how fast the device is"
-        if self.is_tried and self._passes:
-            why = "the device gives them as fast as they are loaded"
-        elif self.is_tried:
-            why += ", the rest through it for the next start"
+        what = "so was the rest that is not cached" if self.may_pass else "the rest was not"
         return (
-            f"{self._past_bytes / 2**30:.2f} GiB were read past the page cache ({why}; loading "
-            f"waited for it {waited:.0%} of the time)"
+            f"{self._past_bytes / 2**30:.2f} GiB were read past the page cache; loading waited for "
+            f"them {waited:.0%} of the time, {what}"
         )
 
+    def _is_waiting(self) -> bool:
+        return self._waited_s > self._busy_s
+
     def _is_past(self, file: OpenFile, start: int, end: int) -> bool:
-        return self._passes and file.direct is not None and not file.is_cached(start, end)
+        return self.may_pass and file.direct is not None and not file.is_cached(start, end)
 
     def _read_past(
         self, file: OpenFile, start: int, end: int, spec: TensorSpec
     ) -> torch.Tensor | None:
         assert file.direct is not None
-        first = start // _ALIGNED_BYTES * _ALIGNED_BYTES
-        last = -(-end // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        first, last = aligned(start, end)
         lent = self._buffers.take(last - first)
         try:
             read_into(lent, file.direct, first, spec, end - first)
         except OSError as error:
             # A file system that takes the flag and not the reads, or a file that was cut short
             # amid a page: reading through the cache does it, or says what is wrong.
-            if error.errno != errno.EINVAL:
-                raise
+            self._refused, self.may_pass = error, False
             return None
         with self._lock:
             self._past_bytes += end - start
         return lent[start - first : end - first]
+
+
+def aligned(start: int, end: int) -> tuple[int, int]:
+    """Return the range that a device can read, around one that a file has."""
+    return start // _ALIGNED_BYTES * _ALIGNED_BYTES, -(-end // _ALIGNED_BYTES) * _ALIGNED_BYTES
+
+
+def _bring(ranges: Iterable[tuple[Path, FileStamp | None, int, int]]) -> None:
+    """Have the kernel read ranges into the page cache; a file that is gone by now is none."""
+    for file, stamp, start, end in ranges:
+        with contextlib.suppress(CheckpointError, OSError):
+            descriptor = reopen(file, stamp)
+            try:
+                for begin in range(start, end, _ADVISED_BYTES):
+                    size = min(_ADVISED_BYTES, end - begin)
+                    os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
 
 def read_into(

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from vllm_mixprec.checkpoint.buffers import READ_BYTES
 from vllm_mixprec.checkpoint.header import TensorSpec
-from vllm_mixprec.checkpoint.ranges import OpenFile, Ranges
+from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -58,13 +58,13 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
     Args:
         rows: which of the tensor's rows it stands for; None for all.
         ahead: rows that have been read already, and their values.
-        ranges: what reads the others; None for through the page cache.
+        reader: of the others; None for one that goes through the page cache.
     """
 
     spec: TensorSpec
     rows: range
     ahead: tuple[range, torch.Tensor] | None
-    ranges: Ranges | None
+    reader: RangeReader | None
 
     @staticmethod
     def __new__(
@@ -72,14 +72,14 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         spec: TensorSpec,
         rows: range | None = None,
         ahead: tuple[range, torch.Tensor] | None = None,
-        ranges: Ranges | None = None,
+        reader: RangeReader | None = None,
     ) -> "StoredTensor":
         rows = range(spec.shape[0]) if rows is None else rows
         shape = (len(rows), *spec.shape[1:])
         made: StoredTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=DTYPES[spec.dtype]
         )
-        made.spec, made.rows, made.ahead, made.ranges = spec, rows, ahead, ranges
+        made.spec, made.rows, made.ahead, made.reader = spec, rows, ahead, reader
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -94,9 +94,9 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             stored, dim, step = args[0], given.get("dim", 0), given.get("step", 1)
             start, stop = given.get("start"), given.get("stop")
             if dim in (0, -stored.dim()) and step == 1:
-                return cls(stored.spec, stored.rows[start:stop], stored.ahead, stored.ranges)
+                return cls(stored.spec, stored.rows[start:stop], stored.ahead, stored.reader)
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(args[0].spec, args[0].rows, args[0].ahead, args[0].ranges)
+            return cls(args[0].spec, args[0].rows, args[0].ahead, args[0].reader)
         if func is torch.ops.aten.copy_.default and isinstance(args[1], cls):
             target, stored = args[:2]
             if target.shape == stored.shape and not isinstance(target, cls):
@@ -133,19 +133,22 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             for first in range(0, len(self.rows), size)
         ]
         straight = target.is_cpu and target.is_contiguous() and target.dtype == self.dtype
-        ranges = Ranges() if self.ranges is None else self.ranges
+        reader = RangeReader() if self.reader is None else self.reader
         # Nothing is done while it is read, so it says nothing of how a load keeps up with a device.
-        may_pass = self.ranges is not None and ranges.is_tried
-        with OpenFile(self.spec.file, self.spec.stamp) as file, start_readers() as pool:
+        may_pass = reader.is_tried and reader.may_pass
+        with (
+            OpenFile(self.spec.file, self.spec.stamp, may_pass) as file,
+            start_readers() as pool,
+        ):
 
             def read(place: range) -> torch.Tensor | None:
                 first = self.spec.start + (self.rows.start + place.start) * self._row_bytes
                 if straight:
                     part = target[place.start : place.stop].detach().view(-1).view(torch.uint8)
-                    ranges.fill(part, file, first, self.spec, may_pass)
+                    reader.fill(part, file, first, self.spec, may_pass)
                     return None
                 end = first + len(place) * self._row_bytes
-                raw, _ = ranges.lend(file, first, end, self.spec, may_pass)
+                raw, _ = reader.lend(file, first, end, self.spec, may_pass)
                 return as_dtype(raw, self.dtype).view(len(place), *self.shape[1:])
 
             # Few at a time: what was read waits in memory to be copied.
@@ -170,6 +173,6 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
 
 def as_dtype(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """View bytes as numbers; those at an odd place, which safetensors allows, are copied first."""
-    if raw.data_ptr() % dtype.itemsize:
+    if raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype)

@@ -14,19 +14,21 @@ import torch
 
 from vllm_mixprec.checkpoint.buffers import READ_BYTES, block_bytes
 from vllm_mixprec.checkpoint.header import TensorSpec, View
-from vllm_mixprec.checkpoint.ranges import OpenFile, Ranges
+from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader, aligned
 from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, as_dtype, start_readers
 
-# Small neighbours share one read. Larger reads gain nothing on NVMe or page cache and cost memory.
 _AHEAD_BYTES = 64 << 20
 _LARGE_BYTES = 32 << 20  # a tensor of more is read straight to where it goes
 
 
 class _Read(NamedTuple):
-    """What one read gave, and how many bytes of it past the page cache."""
+    """What one read gave, where it lies, and whether it was read past the page cache."""
 
     tensors: list[tuple[TensorSpec, torch.Tensor]]
-    past_bytes: int = 0
+    file: OpenFile
+    start: int
+    end: int
+    is_past: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Part:
 def read_tensors(
     specs: Iterable[TensorSpec],
     rows: Mapping[TensorSpec, range] | None = None,
-    ranges: Ranges | None = None,
+    reader: RangeReader | None = None,
     shared: Container[TensorSpec] = (),
 ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
     """Yield each tensor once, in the order of files and offsets.
@@ -68,7 +70,7 @@ def read_tensors(
         rows: of some tensors the rows that will be asked for, which are read ahead. They come as a
             :class:`StoredTensor` of the whole shape, which reads any others when they are wanted,
             as tensors larger than 32 MiB do.
-        ranges: what reads; None for through the page cache.
+        reader: of this load; None for one that goes through the page cache.
         shared: tensors that another process of this machine reads, too, so that they are read
             through the page cache.
 
@@ -77,44 +79,50 @@ def read_tensors(
             tensors are.
     """
     rows = rows or {}
-    ranges = ranges or Ranges()
+    reader = reader or RangeReader()
     ordered = sorted(specs, key=lambda spec: (str(spec.file), spec.start))
     chunks = _chunk([Part(spec, rows.get(spec), spec in shared) for spec in ordered])
     waiting: deque[tuple[int, Future[_Read]]] = deque()
     ahead_bytes = 0
-    files: dict[Path, OpenFile] = {}
+    files: dict[Path, OpenFile] = {}  # those that chunks wait of
     pool = start_readers()
+
+    def give() -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """Yield what was read first, and tell ``reader`` how long that was waited for, and used."""
+        nonlocal ahead_bytes
+        taken, future = waiting.popleft()
+        ahead_bytes -= taken
+        begun = time.perf_counter()
+        read = future.result()
+        came = time.perf_counter()
+        for file in [file for file in files.values() if str(file.file) < str(read.file.file)]:
+            files.pop(file.file).close_unchanged()
+        yield from read.tensors
+        if read.is_past:
+            busy_s = time.perf_counter() - came
+            reader.note(read.file, read.start, read.end, came - begun, busy_s)
+
     try:
         for chunk in chunks:
             spec = chunk[0].spec
             if spec.file not in files:
-                files[spec.file] = OpenFile(spec.file, spec.stamp)
+                files[spec.file] = OpenFile(spec.file, spec.stamp, reader.may_pass)
             # A chunk of a few bytes holds a whole buffer.
-            nbytes = min(block_bytes(_end(chunk) - chunk[0].start), _AHEAD_BYTES)
+            first, last = aligned(chunk[0].start, _end(chunk))
+            nbytes = min(block_bytes(last - first), _AHEAD_BYTES)
             while waiting and ahead_bytes + nbytes > _AHEAD_BYTES:
-                taken, future = waiting.popleft()
-                ahead_bytes -= taken
-                yield from _give(future, ranges)
-            waiting.append((nbytes, pool.submit(_read_chunk, files[spec.file], chunk, ranges)))
+                yield from give()
+            waiting.append((nbytes, pool.submit(_read_chunk, files[spec.file], chunk, reader)))
             ahead_bytes += nbytes
         while waiting:
-            yield from _give(waiting.popleft()[1], ranges)
+            yield from give()
         for file in files.values():
             file.require_unchanged()
+        reader.finish()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         for file in files.values():
             file.close()
-
-
-def _give(future: "Future[_Read]", ranges: Ranges) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-    """Yield what was read, and tell ``ranges`` how long that was waited for, and then used."""
-    begun = time.perf_counter()
-    read = future.result()
-    came = time.perf_counter()
-    yield from read.tensors
-    if read.past_bytes:
-        ranges.note(read.past_bytes, came - begun, time.perf_counter() - came)
 
 
 def _chunk(parts: list[Part]) -> Iterator[list[Part]]:
@@ -142,17 +150,18 @@ def _end(chunk: list[Part]) -> int:
     return max(part.end for part in chunk)
 
 
-def _read_chunk(file: OpenFile, chunk: list[Part], ranges: Ranges) -> _Read:
+def _read_chunk(file: OpenFile, chunk: list[Part], reader: RangeReader) -> _Read:
     begin, last = chunk[0].start, max(chunk, key=attrgetter("end"))
     may_pass = not any(part.is_shared for part in chunk)
     if last.end - begin > _LARGE_BYTES and last.spec.shape and last.spec.view is None:
         [part] = chunk
-        return _Read([(part.spec, StoredTensor(part.spec, ranges=ranges if may_pass else None))])
-    raw, is_past = ranges.lend(file, begin, last.end, last.spec, may_pass)
-    return _Read(
-        [(part.spec, _typed(part, raw[part.start - begin : part.end - begin])) for part in chunk],
-        last.end - begin if is_past else 0,
-    )
+        stored = StoredTensor(part.spec, reader=reader if may_pass else None)
+        return _Read([(part.spec, stored)], file, begin, last.end)
+    raw, is_past = reader.lend(file, begin, last.end, last.spec, may_pass)
+    tensors = [
+        (part.spec, _typed(part, raw[part.start - begin : part.end - begin])) for part in chunk
+    ]
+    return _Read(tensors, file, begin, last.end, is_past)
 
 
 def _typed(part: Part, raw: torch.Tensor) -> torch.Tensor:

@@ -83,6 +83,7 @@ STARTUP: tuple[Coupling, ...] = (
         "vllm.config:ParallelConfig",
         "says how many ranks cut the model, and how",
         members=(
+            "data_parallel_rank",
             "data_parallel_size",
             "enable_eplb",
             "enable_expert_parallel",

@@ -3,7 +3,8 @@
 
 vLLM formats all of its samples anew for every scrape, four milliseconds in the process that streams
 the tokens. Here those who scrape at about the same time get one answer, and formatting rests after
-it is done: it happens five times a second at most, however many ask.
+it is done: that takes a hundredth of the process's time, or happens twice a second, however many
+ask.
 """
 
 import asyncio
@@ -17,10 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm_mixprec.experts.exposition import PublishedText, left_out
 
 SENT_BYTES = 1 << 16  # handed to a connection at a time, so that a slow reader is waited for
-_REST = (
-    49  # times as long as formatting took, it rests: quick formatting has a fiftieth of the time
-)
-_LONGEST_REST_S = 0.2
+# As many times as long as formatting took it rests: it has a hundredth of the time at most.
+_REST = 99
+_LONGEST_REST_S = 0.5
 
 _NEGOTIATED = (b"accept-encoding", b"accept")
 

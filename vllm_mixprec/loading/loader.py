@@ -19,7 +19,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
 from vllm_mixprec.checkpoint import TensorSpec
 from vllm_mixprec.checkpoint.hub import fetch
-from vllm_mixprec.checkpoint.ranges import Ranges
+from vllm_mixprec.checkpoint.ranges import RangeReader
 from vllm_mixprec.checkpoint.spelling import class_name
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import PlanError, UnsupportedError
@@ -78,7 +78,8 @@ class MixPrecLoader(BaseModelLoader):
             spell=partial(class_name, config=config.table.base_config),
         )
         routes = model.mixprec_intake.held.values()
-        rows = rank_rows(routes, config.table, get_tensor_model_parallel_rank())
+        dp_rank = vllm_config.parallel_config.data_parallel_rank
+        rows = rank_rows(routes, config.table, get_tensor_model_parallel_rank(), dp_rank)
         model.mixprec_rows = rows
         model.mixprec_shared = shared_tensors(routes, config.table, rows)
         model.load_weights = model.mixprec_intake.load_weights
@@ -158,17 +159,17 @@ class MixPrecLoader(BaseModelLoader):
             unit_divisor=1024,
             disable=not shown,
         )
-        ranges = Ranges(may_pass=True)
+        reader = RangeReader(may_pass=True)
         with bar:
             shown_bytes = read_bytes = 0
-            for spec, tensor in read_tensors(specs, rows, ranges, shared):
+            for spec, tensor in read_tensors(specs, rows, reader, shared):
                 yield names[spec.file, spec.name], tensor
                 read_bytes += spec.nbytes
                 if read_bytes - shown_bytes >= _BAR_STEP_BYTES:
                     bar.update(read_bytes - shown_bytes)
                     shown_bytes = read_bytes
             bar.update(read_bytes - shown_bytes)
-        if (report := ranges.report()) is not None:
+        if (report := reader.report()) is not None:
             logger.info("%s", report)
 
 

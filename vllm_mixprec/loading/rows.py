@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of each stored tensor a tensor-parallel rank will ask for."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Mapping
 
 from vllm_mixprec.checkpoint import TensorSpec
 from vllm_mixprec.routing import Route, RouteTable
@@ -17,7 +17,9 @@ _K_FIRST = frozenset({"qweight", "scales"})
 _WHOLE = frozenset({"g_idx", "qzeros"})  # compared with the config's promise, and small
 
 
-def rank_rows(routes: Iterable[Route], table: RouteTable, tp_rank: int) -> dict[TensorSpec, range]:
+def rank_rows(
+    routes: Iterable[Route], table: RouteTable, tp_rank: int, dp_rank: int = 0
+) -> dict[TensorSpec, range]:
     """Return the rows, along the first stored dimension, of tensors that are cut along it.
 
     What is cut along its columns, widened, small or a part of a fused tensor is read whole. This
@@ -30,16 +32,19 @@ def rank_rows(routes: Iterable[Route], table: RouteTable, tp_rank: int) -> dict[
     0.04 s. And ranks of one machine share the page cache, which asks the device for a page once.
     """
     dims = ModelDims.from_config(table.base_config)
-    tp_size = table.layout.tensor_parallel_size
+    layout = table.layout
     rows: dict[TensorSpec, range] = {}
-    if tp_size == 1:
+    if layout.expert_ranks == 1:
         return rows
     for route in routes:
         if route.widened:
             continue
         name = route.module
         is_expert = parse_expert(name) is not None
-        shard = shard_weight(leaf_name(name), route.shape, is_expert, table.layout, dims)
+        shard = shard_weight(leaf_name(name), route.shape, is_expert, layout, dims)
+        ranks, rank = layout.tensor_parallel_size, tp_rank
+        if is_expert:  # cut over the ranks of all replicas
+            ranks, rank = layout.expert_ranks, dp_rank * layout.tensor_parallel_size + tp_rank
         for suffix, spec in route.tensors.items():
             if spec.nbytes < _SMALLEST_BYTES or suffix in _WHOLE or spec.view is not None:
                 continue
@@ -47,36 +52,43 @@ def rank_rows(routes: Iterable[Route], table: RouteTable, tp_rank: int) -> dict[
             if not (shard.columns_cut if k_first else shard.rows_cut):
                 continue
             held = shard.columns if k_first else shard.rows
-            found = _cut(spec.shape[0], held, route.shape[int(k_first)], tp_size, tp_rank)
+            found = _cut(spec.shape[0], held, route.shape[int(k_first)], ranks, rank)
             if found is not None:
                 rows[spec] = found
     return rows
 
 
 def shared_tensors(
-    routes: Iterable[Route], table: RouteTable, rows: Container[TensorSpec]
+    routes: Iterable[Route], table: RouteTable, rows: Mapping[TensorSpec, range]
 ) -> set[TensorSpec]:
-    """Return the tensors of which other ranks read the same bytes; ``rows`` has those that are cut.
+    """Return the tensors of which other ranks read the same bytes; ``rows`` has what is cut.
 
-    Ranks may be on other machines: then these are read as if they were not.
+    Ranks may be on other machines: then these are read as if they were not. Not known here, and
+    taken for one's own: replicas of a dense model, which vLLM runs as engines that know of no
+    others, and embeddings of the last pipeline stage.
     """
     layout = table.layout
-    replicas = layout.data_parallel_size
     shared = set()
     for route in routes:
         is_expert = parse_expert(route.module) is not None
+        if is_expert and layout.expert_parallel:
+            continue
+        # Replicas share one set of experts, and have the rest each.
+        ranks = layout.expert_ranks if is_expert else layout.tensor_parallel_size
+        replicas = 1 if is_expert else layout.data_parallel_size
         for spec in route.tensors.values():
-            if is_expert and (layout.expert_parallel or spec in rows):
-                continue  # replicas share one set of experts
-            if replicas > 1 or (layout.tensor_parallel_size > 1 and spec not in rows):
+            stored = spec.shape[0] if spec.shape else 1
+            read = len(rows[spec]) if spec in rows else stored
+            # A padded vocabulary is a little more than what is stored.
+            if replicas > 1 or read * ranks >= 2 * stored:
                 shared.add(spec)
     return shared
 
 
-def _cut(stored: int, held: int, whole: int, tp_size: int, tp_rank: int) -> range | None:
+def _cut(stored: int, held: int, whole: int, ranks: int, rank: int) -> range | None:
     """Scale what a rank holds, ``held`` of a weight's ``whole`` rows, to the ``stored`` rows."""
-    copies = max(tp_size * held // whole, 1)  # ranks that share a key-value head
-    start = min(tp_rank // copies * held, whole)
+    copies = max(ranks * held // whole, 1)  # ranks that share a key-value head
+    start = min(rank // copies * held, whole)
     stop = min(start + held, whole)
     if start * stored % whole or stop * stored % whole:
         return None
