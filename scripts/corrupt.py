@@ -100,7 +100,7 @@ def run_starts(cases: list[Case], work: Path) -> None:
     for case in cases:
         if case.outcome == "" or id(case) in sample:
             with written(case, work) as folder:
-                start = functools.partial(start_case, folder, case.damage)
+                start = functools.partial(start_case, folder, case.damage, case.number)
                 judge_start(case, run_forked(start), sound, folder)
 
 

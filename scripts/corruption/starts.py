@@ -76,8 +76,11 @@ def warm_vllm() -> None:
     EngineArgs(str(FIXTURES / "bf16"), skip_tokenizer_init=True).create_model_config()
 
 
-def start_case(folder: Path, damage: Kind | None = None) -> dict[str, Any]:
-    """Configure vLLM and load the model; returns a digest over every parameter as loaded."""
+def start_case(folder: Path, damage: Kind | None = None, number: int = 0) -> dict[str, Any]:
+    """Configure vLLM and load the model; returns a digest over every parameter as loaded.
+
+    Every other case has its files on the disk alone, so that they are read past the page cache.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
@@ -95,6 +98,8 @@ def start_case(folder: Path, damage: Kind | None = None) -> dict[str, Any]:
         if damage is not None and damage.moment:
             _change_while_loading(damage, folder)
         loaded = _digest_what_is_loaded()
+        if number % 2:
+            _forget(folder)
         get_model(vllm_config=config)
     return loaded
 
@@ -155,20 +160,31 @@ def _digest_what_is_loaded() -> dict[str, Any]:
     return noted
 
 
+def _forget(folder: Path) -> None:
+    for file in folder.rglob("*.safetensors"):
+        with contextlib.suppress(OSError):  # damaged, so perhaps not to be opened
+            descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
 def _change_while_loading(damage: Kind, folder: Path) -> None:
     """Damage the files right before the loader opens the first, or after its third read."""
     from vllm_mixprec.checkpoint import stream
 
     change = functools.partial(damage.damage, random.Random(0), folder, 0)
     if damage.moment == "load":
-        real_open, waiting = stream._open, [change]
+        real_open, waiting = stream.OpenFile, [change]
 
-        def changing_open(spec: Any) -> Any:
+        def changing_open(*arguments: Any) -> Any:
             while waiting:
                 waiting.pop()()
-            return real_open(spec)
+            return real_open(*arguments)
 
-        stream._open = changing_open
+        stream.OpenFile = changing_open
         return
     real_read, reads = os.preadv, iter(range(10**9))
 

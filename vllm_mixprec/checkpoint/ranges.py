@@ -202,11 +202,9 @@ class RangeReader:
         if not self._past_bytes:
             return None
         waited = self._waited_s / max(self._waited_s + self._busy_s, 1e-9)
-        what = "so was the rest that is not cached" if self.may_pass else "the rest was not"
-        return (
-            f"{self._past_bytes / 2**30:.2f} GiB were read past the page cache; loading waited for "
-            f"them {waited:.0%} of the time, {what}"
-        )
+        what = f"{self._past_bytes / 2**30:.2f} GiB were read past the page cache"
+        why = f"loading waited for them {waited:.0%} of its time"
+        return f"{what}: {why}" if self.may_pass else f"{what}, until {why}; the rest through it"
 
     def _is_waiting(self) -> bool:
         return self._waited_s > self._busy_s
