@@ -172,7 +172,7 @@ def _forget(folder: Path) -> None:
 
 
 def _change_while_loading(damage: Kind, folder: Path) -> None:
-    """Damage the files right before the loader opens the first, or after its third read."""
+    """Damage the files right before the loader opens the first, or before its third read."""
     from vllm_mixprec.checkpoint import stream
 
     change = functools.partial(damage.damage, random.Random(0), folder, 0)

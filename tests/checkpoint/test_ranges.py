@@ -137,7 +137,7 @@ def wait_until_cached(specs: list[TensorSpec]) -> None:
 def test_a_load_that_takes_longer_than_the_device_goes_past_the_cache(one_by_one):
     tensors, specs = one_by_one
     reader = RangeReader(may_pass=True)
-    found = dict(read_all(specs, reader, pause_s=0.03))
+    found = dict(read_all(specs, reader, pause_s=0.05))
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert reader.is_tried and not any(cached(specs))
     assert re.search(r"past the page cache: loading waited for them [1-4]?\d% ", reader.report())
@@ -166,11 +166,11 @@ def test_a_device_that_becomes_slow_is_noticed(one_by_one, slow):
     _, specs = one_by_one
     slow.append(0.0)
     reader = RangeReader(may_pass=True)
-    rest = iter(read_all(specs, reader, pause_s=0.01))
+    rest = iter(read_all(specs, reader, pause_s=0.05))
     for _ in range(6):
         next(rest)
     assert reader.is_tried and reader.may_pass
-    slow.append(0.05)
+    slow.append(0.2)
     list(rest)
     assert not reader.may_pass and cached(specs)[-1] and not any(cached(specs[4:6]))
 

@@ -161,6 +161,19 @@ def test_file_cut_short_is_an_error(written):
         tensor.sum()
 
 
+def test_file_written_to_while_it_is_read_is_an_error(written, monkeypatch):
+    _, spec = written
+    real = os.preadv
+
+    def reading(*given):
+        os.utime(spec.file, (0, 0))
+        return real(*given)
+
+    monkeypatch.setattr(os, "preadv", reading)
+    with pytest.raises(CheckpointError, match=r"was written to after its header was read"):
+        torch.zeros(ROWS, COLUMNS).copy_(StoredTensor(spec))
+
+
 def test_buffers_are_used_again_but_never_while_they_are_seen():
     buffers = Buffers()
     first = buffers.take(1000)

@@ -9,7 +9,7 @@ processor time, and nearly twice as fast, when read past it (O_DIRECT); as fast 
 So ranges that are cached are read from the cache, and others past it as long as loading waits for
 them no more than half of its time: even a cache that took no time could not make the next start
 more than twice as fast. When it waits more, as for a slow disk, the rest is read through the cache,
-and what had told so, 256 MiB or less, is brought there afterwards.
+and the first 256 MiB or so, which told that, are brought there afterwards.
 """
 
 import contextlib
@@ -114,7 +114,8 @@ class OpenFile:
 
 def _read_no_neighbours(descriptor: int) -> None:
     # The kernel's own read-ahead would fetch what no rule routes here.
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    with contextlib.suppress(OSError):  # it is a hint
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 class RangeReader:
@@ -126,6 +127,7 @@ class RangeReader:
 
     def __init__(self, may_pass: bool = False) -> None:
         self.may_pass = may_pass
+        self._is_slow = False  # whether loading waited for what was read past the cache
         self.is_tried = False  # whether enough was read past the cache to tell if that is well
         self._buffers = Buffers()
         self._busy_s = self._waited_s = 0.0
@@ -183,11 +185,11 @@ class RangeReader:
             self._tried.append((file, start, end))
             self.is_tried = self._noted_bytes >= _TRIAL_BYTES
         if self.is_tried and self._is_waiting():
-            self.may_pass = False
+            self._is_slow, self.may_pass = True, False
 
     def finish(self) -> None:
         """Have what was tried brought into the page cache, if the next start could use it there."""
-        if self._tried and self._is_waiting():
+        if self._tried and (self._is_slow or self._is_waiting()):
             tried = [(file.file, file.stamp, start, end) for file, start, end in self._tried]
             # The device is slow, and nobody waits for this.
             threading.Thread(
@@ -197,14 +199,14 @@ class RangeReader:
 
     def report(self) -> str | None:
         """Say in a line what was read past the page cache and why; None where nothing was."""
-        if self._refused is not None:
-            return f"read through the page cache: reading past it was refused ({self._refused})"
-        if not self._past_bytes:
-            return None
         waited = self._waited_s / max(self._waited_s + self._busy_s, 1e-9)
         what = f"{self._past_bytes / 2**30:.2f} GiB were read past the page cache"
         why = f"loading waited for them {waited:.0%} of its time"
-        return f"{what}: {why}" if self.may_pass else f"{what}, until {why}; the rest through it"
+        if self._refused is not None:
+            return f"{what}, the rest through it: reading past it was refused ({self._refused})"
+        if not self._past_bytes:
+            return None
+        return f"{what}, until {why}; the rest through it" if self._is_slow else f"{what}: {why}"
 
     def _is_waiting(self) -> bool:
         return self._waited_s > self._busy_s

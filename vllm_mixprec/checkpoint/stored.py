@@ -157,6 +157,7 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
                 for place, piece in zip(batch, pool.map(read, batch), strict=True):
                     if piece is not None:
                         target[place.start : place.stop].copy_(piece)
+            file.require_unchanged()
 
     @property
     def _row_bytes(self) -> int:

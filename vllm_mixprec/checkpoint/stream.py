@@ -153,7 +153,8 @@ def _end(chunk: list[Part]) -> int:
 def _read_chunk(file: OpenFile, chunk: list[Part], reader: RangeReader) -> _Read:
     begin, last = chunk[0].start, max(chunk, key=attrgetter("end"))
     may_pass = not any(part.is_shared for part in chunk)
-    if last.end - begin > _LARGE_BYTES and last.spec.shape and last.spec.view is None:
+    is_large = last.end - begin > _LARGE_BYTES and last.spec.shape and last.spec.view is None
+    if is_large and len(chunk) == 1:  # an empty tensor may begin where it ends
         [part] = chunk
         stored = StoredTensor(part.spec, reader=reader if may_pass else None)
         return _Read([(part.spec, stored)], file, begin, last.end)
