@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def cold(tmp_path: Path) -> tuple[dict[str, torch.Tensor], list[TensorSpec]]:
     save_file(tensors, file)
     specs = sorted(read_header(file).values(), key=lambda spec: spec.start)
     make_cold(file)
-    with OpenFile(file, specs[0].stamp, may_pass=True) as opened:
+    with closing(OpenFile(file, specs[0].stamp, may_pass=True)) as opened:
         if opened.direct is None:
             pytest.skip("this file system has no direct reading")
         if opened.is_cached(specs[0].start, specs[-1].end):
@@ -50,7 +51,7 @@ def cold(tmp_path: Path) -> tuple[dict[str, torch.Tensor], list[TensorSpec]]:
 
 def cached(specs: list[TensorSpec]) -> list[bool]:
     """Whether each tensor is in the page cache."""
-    with OpenFile(specs[0].file, specs[0].stamp, may_pass=True) as opened:
+    with closing(OpenFile(specs[0].file, specs[0].stamp, may_pass=True)) as opened:
         return [opened.is_cached(spec.start, spec.end) for spec in specs]
 
 
@@ -70,7 +71,7 @@ def test_a_cold_range_is_read_past_the_page_cache_whatever_its_place(cold):
     size = len(raw)
     places = [(0, 1), (1, 4095), (4095, 4097), (8192, 12288), (5000, 5_000_000), (size - 1, size)]
     reader = RangeReader(may_pass=True)
-    with OpenFile(specs[0].file, specs[0].stamp, may_pass=True) as opened:
+    with closing(OpenFile(specs[0].file, specs[0].stamp, may_pass=True)) as opened:
         for start, end in places:
             end = min(end, size)
             found, is_past = reader.lend(opened, start, end, specs[-1])
@@ -196,7 +197,7 @@ def test_a_file_that_was_cut_short_is_an_error_by_either_way(cold, may_pass):
     _, specs = cold
     reader = RangeReader(may_pass)
     last = specs[-1]
-    with OpenFile(last.file, last.stamp, may_pass=True) as opened:
+    with closing(OpenFile(last.file, last.stamp, may_pass=True)) as opened:
         os.truncate(last.file, last.end - 5000)
         with pytest.raises(CheckpointError, match=f"ends at byte {last.end - 5000}, expected"):
             reader.lend(opened, last.start, last.end, last)

@@ -3,6 +3,7 @@
 
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def forget(folder: Path) -> None:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-        with OpenFile(file, None, may_pass=True) as opened:
+        with closing(OpenFile(file, None, may_pass=True)) as opened:
             if opened.direct is None or opened.is_cached(0, file.stat().st_size):
                 pytest.skip("this file system has no reading past its cache")
 

@@ -19,7 +19,6 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -99,17 +98,6 @@ class OpenFile:
         os.close(self.descriptor)
         if self.direct is not None:
             os.close(self.direct)
-
-    def __enter__(self) -> "OpenFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _read_no_neighbours(descriptor: int) -> None:

@@ -4,6 +4,7 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         # Nothing is done while it is read, so it says nothing of how a load keeps up with a device.
         may_pass = reader.is_tried and reader.may_pass
         with (
-            OpenFile(self.spec.file, self.spec.stamp, may_pass) as file,
+            closing(OpenFile(self.spec.file, self.spec.stamp, may_pass)) as file,
             start_readers() as pool,
         ):
 
