@@ -141,10 +141,10 @@ def _digest_what_is_loaded() -> dict[str, Any]:
     import torch
 
     from vllm_mixprec.loading.loader import MixPrecLoader
-    from vllm_mixprec.quant.cpu import CpuExpertsMethod
+    from vllm_mixprec.loading.pack_ahead import PackAhead
 
     noted: dict[str, Any] = {}
-    CpuExpertsMethod.packs_ahead = False  # or a layer may be packed by then
+    PackAhead.is_on = False  # or a layer may be packed by then
     real = MixPrecLoader.load_weights
 
     def load_weights(loader: Any, model: Any, model_config: Any) -> None:

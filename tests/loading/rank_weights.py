@@ -11,7 +11,6 @@ talks to nobody.
 
 import functools
 import json
-import os
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -33,34 +32,31 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tests.loading.stage_modules import talk_to_nobody
 from vllm_mixprec.loading import rows
 from vllm_mixprec.loading.loader import MixPrecLoader
-from vllm_mixprec.quant.cpu import CpuExpertsMethod
+from vllm_mixprec.loading.pack_ahead import PackAhead
 
 RANKS = 2
-CpuExpertsMethod.packs_ahead = False  # weights are compared in their checkpoint's layout
+PackAhead.is_on = False  # weights are compared in their checkpoint's layout
+
+
+def read_bytes() -> int:
+    """Bytes that this process has asked the system for."""
+    words = Path("/proc/self/io").read_text().split()
+    return int(words[words.index("rchar:") + 1])
 
 
 def load(vllm_config: VllmConfig, whole: bool) -> tuple[dict[str, torch.Tensor], int, int]:
     """Return the parameters, how many tensors were read in part, and the bytes asked for."""
     loader = MixPrecLoader(vllm_config.load_config)
     vllm_config.compilation_config.static_forward_context.clear()
-    asked = []
-    real = os.preadv
-
-    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        asked.append(sum(len(buffer) for buffer in buffers))
-        return real(descriptor, buffers, offset)
-
     with set_default_torch_dtype(torch.bfloat16):
         model = loader.create_model(vllm_config, vllm_config.model_config)
         if whole:
-            model.mixprec_rows = {}
-        os.preadv = counting
-        try:
-            loader.load_weights(model, vllm_config.model_config)
-        finally:
-            os.preadv = real
+            model.mixprec_rows, model.mixprec_copied = {}, set()
+        before = read_bytes()
+        loader.load_weights(model, vllm_config.model_config)
+        nbytes = read_bytes() - before
     parameters = {name: value.data.clone() for name, value in model.named_parameters()}
-    return parameters, len(model.mixprec_rows), sum(asked)
+    return parameters, len(model.mixprec_rows), nbytes
 
 
 def compare_rank(vllm_config: VllmConfig, rank: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from vllm_mixprec.checkpoint import open_checkpoint
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.loader import MixPrecLoader, rank_routes
-from vllm_mixprec.quant.cpu import CpuExpertsMethod
+from vllm_mixprec.loading.pack_ahead import PackAhead
 from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import Layout, Route, RouteTable, load_route_table
 
@@ -154,7 +154,7 @@ def serve_plan(
     ).create_engine_config()
     with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(config):
         if not packs_ahead:
-            patch.setattr(CpuExpertsMethod, "packs_ahead", False)
+            patch.setattr(PackAhead, "is_on", False)
         init_distributed_environment(1, 0, f"file://{folder}/rank", 0, backend="gloo")
         try:
             initialize_model_parallel(1, 1, backend="gloo")

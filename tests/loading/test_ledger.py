@@ -325,3 +325,65 @@ def test_watch_is_off_after_closing(serving: Serving) -> None:
     for _ in range(2):
         feed(layer, our_way, layer.tensors).close()
     assert loaders() == before
+
+
+# Who is told what is loaded.
+
+
+def told_by(
+    model: nn.Module, feed: Callable[[Ledger], None]
+) -> list[tuple[nn.Module, int | None, bool]]:
+    told: list[tuple[nn.Module, int | None, bool]] = []
+    ledger = Ledger(model, on_loaded=lambda *given: told.append(given))
+    feed(ledger)
+    ledger.release()
+    return told
+
+
+def test_a_layer_is_told_of_when_its_last_parameter_is_filled():
+    model = Model()
+
+    def feed(ledger: Ledger) -> None:
+        model.load_weights(ledger.feed(reversed(WEIGHTS.items())))
+
+    assert told_by(model, feed) == [(model.second, None, True), (model.first, None, True)]
+
+
+def test_it_is_told_of_only_after_its_taker_asked_for_the_next():
+    model, told = Model(), []
+    ledger = Ledger(model, on_loaded=lambda layer, *rest: told.append(layer))
+    names = ["second.weight", "first.weight"]
+    for name, tensor in ledger.feed((name, WEIGHTS[name]) for name in names):
+        parameter = model.get_parameter(name)
+        parameter.weight_loader(parameter, tensor)
+        assert told == ([] if name == "second.weight" else [model.second])
+    assert told == [model.second]  # of the first the bias never came
+
+
+def test_part_of_a_fused_linear_is_not_told_of(serving: Serving):
+    shared = Layer(serving, is_mixed=True).mlp.shared_experts
+    linear, half = shared.gate_up_proj, shared.gate_up_proj.weight.chunk(2)[0].clone()
+
+    def feed(ledger: Ledger, shards: tuple[int, ...]) -> None:
+        for shard in shards:
+            for _, tensor in ledger.feed([(f"part{shard}", half)]):
+                linear.weight.weight_loader(linear.weight, tensor, shard)
+
+    assert told_by(linear, lambda ledger: feed(ledger, (0,))) == []
+    assert told_by(linear, lambda ledger: feed(ledger, (1, 0))) == [(linear, None, True)]
+
+
+def test_experts_are_told_of_one_by_one(serving: Serving):
+    layer = Layer(serving, is_mixed=False)
+    name = f"{layer.name}.2.down_proj.weight"
+    order = sorted(layer.tensors, key=lambda each: each == name)  # this one last
+
+    def feed(ledger: Ledger) -> None:
+        for each, tensor in ledger.feed((each, layer.tensors[each]) for each in order):
+            module, _, suffix = each.rpartition(".")
+            expert = parse_expert(module)
+            our_way(layer, expert.expert, expert.projection, suffix, tensor)
+
+    told = told_by(layer.experts, feed)
+    assert {expert for _, expert, _ in told} == set(range(EXPERTS)) and len(told) == EXPERTS
+    assert [expert for _, expert, is_last in told if is_last] == [2] and told[-1][1] == 2

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts packed while the next layer is read are those packed when all are loaded."""
+"""Weights packed while the next are read are those packed when all are loaded."""
 
 import threading
+from collections.abc import Iterator
+from concurrent.futures import wait
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from tests.loading.indexers import FIXTURES
 from tests.loading.serving import Serving, needs_cpu, serve
+from vllm_mixprec.loading import pack_ahead
 from vllm_mixprec.loading.ledger import Ledger
+from vllm_mixprec.loading.pack_ahead import PackAhead
 from vllm_mixprec.quant import cpu
 from vllm_mixprec.routing.kernels import detect_platform
 
@@ -39,18 +46,54 @@ def serve_mixtral(folder: Path, packs_ahead: bool):
 def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """Method -> names of the threads that packed by it."""
     found: dict[str, set[str]] = {}
-    for method in (cpu.CpuBf16ExpertsMethod, cpu.CpuFp8ExpertsMethod, cpu.CpuInt4ExpertsMethod):
+    methods = {
+        cpu.CpuBf16ExpertsMethod: "pack_in_place",
+        cpu.CpuFp8ExpertsMethod: "pack_in_place",
+        cpu.CpuInt4ExpertsMethod: "pack",
+        UnquantizedLinearMethod: "process_weights_after_loading",
+        UnquantizedEmbeddingMethod: "process_weights_after_loading",
+    }
+    for method, name in methods.items():
 
-        def noted(self, *tensors, pack=method.pack):
-            name = threading.current_thread().name.partition("_")[0]
-            found.setdefault(type(self).__name__, set()).add(name)
-            return pack(self, *tensors)
+        def noted(self, *given, pack):
+            thread = threading.current_thread().name.partition("_")[0]
+            found.setdefault(type(self).__name__, set()).add(thread)
+            return pack(self, *given)
 
-        monkeypatch.setattr(method, "pack", noted)
+        monkeypatch.setattr(method, name, partialmethod(noted, pack=getattr(method, name)))
     return found
 
 
-def test_packed_ahead_or_not_is_the_same(tmp_path: Path, threads: dict[str, set[str]]) -> None:
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread leaves all that is begun to the other."""
+    finish = PackAhead._finish
+
+    def patient(self: PackAhead, layer: torch.nn.Module) -> None:
+        wait([future for future, _ in self._begun[layer]])
+        finish(self, layer)
+
+    monkeypatch.setattr(PackAhead, "_finish", patient)
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The other thread gets to nothing until the test is over."""
+    over = threading.Event()
+    monkeypatch.setattr(pack_ahead, "unpin", over.wait)
+    yield
+    over.set()
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)), name
+
+
+def test_packed_ahead_or_not_is_the_same(
+    tmp_path: Path, threads: dict[str, set[str]], patient: None
+) -> None:
     with serve_mixtral(tmp_path / "after", packs_ahead=False) as serving:
         expected = load(serving)
     assert set().union(*threads.values()) == {"MainThread"}
@@ -61,10 +104,35 @@ def test_packed_ahead_or_not_is_the_same(tmp_path: Path, threads: dict[str, set[
         "CpuBf16ExpertsMethod": {"mixprec-pack"},
         "CpuFp8ExpertsMethod": {"mixprec-pack"},
         "CpuInt4ExpertsMethod": {"MainThread"},
+        "UnquantizedLinearMethod": {"mixprec-pack"},
+        "UnquantizedEmbeddingMethod": {"mixprec-pack"},
     }
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)), name
+    assert_same(found, expected)
+
+
+def test_what_is_not_begun_by_then_is_done_by_the_main_thread(
+    tmp_path: Path, threads: dict[str, set[str]], stuck: None
+) -> None:
+    with serve_mixtral(tmp_path / "after", packs_ahead=False) as serving:
+        expected = load(serving)
+    with serve_mixtral(tmp_path / "ahead", packs_ahead=True) as serving:
+        found = load(serving)
+    assert set().union(*threads.values()) == {"MainThread"}
+    assert_same(found, expected)
+
+
+def test_weights_that_were_replaced_are_freed_while_the_model_still_loads(
+    tmp_path: Path, patient: None
+) -> None:
+    """vLLM's loaders keep all parameters until they return; a second copy of each would stay."""
+    with serve_mixtral(tmp_path, packs_ahead=True) as serving:
+        built = serving.build()
+        before = dict(built.model.named_parameters())
+        serving.loader.load_weights(built.model, built.model_config)
+        process_weights_after_loading(built.model, built.model_config, torch.device("cpu"))
+        name = "model.layers.1.self_attn.o_proj.weight"
+        assert built.model.get_parameter(name) is not before[name]
+        assert before[name].untyped_storage().nbytes() == 0
 
 
 def test_an_error_while_packing_ahead_ends_the_start(
@@ -73,7 +141,7 @@ def test_an_error_while_packing_ahead_ends_the_start(
     def fail(self, *tensors):
         raise RuntimeError("no memory for this")
 
-    monkeypatch.setattr(cpu.CpuFp8ExpertsMethod, "pack", fail)
+    monkeypatch.setattr(cpu.CpuFp8ExpertsMethod, "pack_in_place", fail)
     with (
         serve_mixtral(tmp_path, packs_ahead=True) as serving,
         pytest.raises(RuntimeError, match="no memory for this"),
@@ -88,11 +156,11 @@ def test_a_layer_that_lacks_a_module_is_not_packed(
         built = serving.build()
         lost = next(name for name in built.held if ".layers.1." in name and ".experts.2." in name)
         feed = serving.loader.get_all_weights(built.model_config, built.model)
-        ledger = Ledger(built.model)
-        built.model.load_weights(
-            (pair for pair in feed if pair[0].rpartition(".")[0] != lost), ledger
-        )
-        ledger.release()
+        with PackAhead() as ahead:
+            ledger = Ledger(built.model, on_loaded=ahead.loaded)
+            rest = (pair for pair in feed if pair[0].rpartition(".")[0] != lost)
+            built.model.load_weights(rest, ledger, ahead.wait_for)
+            ledger.release()
         groups = [
             module
             for module in built.model.modules()
@@ -101,7 +169,7 @@ def test_a_layer_that_lacks_a_module_is_not_packed(
     begun = {
         (group.layer_name, type(group.quant_method).__name__)
         for group in groups
-        if hasattr(group, "mixprec_ahead")
+        if "process_weights_after_loading" in vars(group.quant_method)
     }
     plain, fp8 = "CpuBf16ExpertsMethod", "CpuFp8ExpertsMethod"
     assert {method for layer, method in begun if ".layers.1." in f"{layer}."} == {fp8}

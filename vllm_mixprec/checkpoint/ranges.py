@@ -30,6 +30,7 @@ from vllm_mixprec.errors import CheckpointError
 
 _TRIAL_BYTES = 256 << 20
 _SAMPLE_BYTES = 64 << 10
+_SMALL_BYTES = 64 << 10
 _ALIGNED_BYTES = 4096  # of offsets, sizes and memory; a device that asks for more says so
 _ADVISED_BYTES = 128 << 10  # of one advice; the kernel cuts longer ones short
 _LIBC = ctypes.PyDLL(None)  # keeps Python's lock, which takes longer to get than mincore takes
@@ -48,6 +49,7 @@ class OpenFile:
     def __init__(self, file: Path, stamp: FileStamp | None, may_pass: bool = False) -> None:
         self.file = file
         self.stamp = stamp
+        self.is_open = True
         self.direct: int | None = None
         self._mapped: np.ndarray | None = None
         self.descriptor = reopen(file, stamp)
@@ -58,7 +60,8 @@ class OpenFile:
                 # Only to ask what is cached: reading by it ends in a SIGBUS where a file is cut.
                 # Once a file, for each mapping stops those who are making pages meanwhile.
                 mapped = mmap.mmap(self.descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ)
-                self._mapped = np.frombuffer(mapped, np.uint8)
+                if _is_told(self.descriptor):
+                    self._mapped = np.frombuffer(mapped, np.uint8)
                 # The very file that is open, whatever its path leads to by now.
                 path = f"/proc/self/fd/{self.descriptor}"
                 self.direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
@@ -68,13 +71,13 @@ class OpenFile:
         """Make sure that it is as it was when its header was read; raises CheckpointError."""
         require_unchanged(self.file, self.descriptor, self.stamp)
 
-    def is_cached(self, start: int, end: int) -> bool:
+    def is_cached(self, start: int, end: int) -> bool | None:
         """Whether the middle of a range is in the page cache, as a sample of all of it.
 
-        The kernel tells only those who could write to the file; to others all of it seems cached.
+        None where nobody tells.
         """
         if self._mapped is None:
-            return True
+            return None
         first = max((start + end - _SAMPLE_BYTES) // 2, start)
         begin = first // mmap.PAGESIZE * mmap.PAGESIZE
         size = min(_SAMPLE_BYTES, end - begin)
@@ -94,10 +97,20 @@ class OpenFile:
             self.close()
 
     def close(self) -> None:
+        self.is_open = False
         self._mapped = None
         os.close(self.descriptor)
         if self.direct is not None:
             os.close(self.direct)
+
+
+def _is_told(descriptor: int) -> bool:
+    """Whether the kernel tells what of a file is cached: to its owner, and who may write to it.
+
+    To others it says that all of it is (mm/mincore.c ``can_do_mincore``).
+    """
+    may_write = os.access(f"/proc/self/fd/{descriptor}", os.W_OK)
+    return may_write or os.fstat(descriptor).st_uid == os.geteuid()
 
 
 def _read_no_neighbours(descriptor: int) -> None:
@@ -124,6 +137,10 @@ class RangeReader:
         self._refused: OSError | None = None
         self._lock = threading.Lock()
 
+    def is_past(self, file: OpenFile, start: int, end: int) -> bool:
+        """Whether a range is to be read past the page cache."""
+        return self.may_pass and file.direct is not None and file.is_cached(start, end) is False
+
     def lend(
         self, file: OpenFile, start: int, end: int, spec: TensorSpec, may_pass: bool = True
     ) -> tuple[torch.Tensor, bool]:
@@ -135,11 +152,14 @@ class RangeReader:
         Raises:
             CheckpointError: the file ends before.
         """
-        if may_pass and self._is_past(file, start, end):
+        if may_pass and self.is_past(file, start, end):
             found = self._read_past(file, start, end, spec)
             if found is not None:
                 return found, True
-        lent = self._buffers.take(end - start)
+        if end - start < _SMALL_BYTES:  # which would hold a whole buffer
+            lent = torch.empty(end - start, dtype=torch.uint8, device="cpu")
+        else:
+            lent = self._buffers.take(end - start)
         read_into(lent, file.descriptor, start, spec)
         return lent, False
 
@@ -152,7 +172,7 @@ class RangeReader:
             CheckpointError: the file ends before.
         """
         end = start + len(raw)
-        if may_pass and self._is_past(file, start, end):
+        if may_pass and self.is_past(file, start, end):
             found = self._read_past(file, start, end, spec)
             if found is not None:
                 raw.numpy()[:] = found.numpy()
@@ -181,7 +201,7 @@ class RangeReader:
             tried = [(file.file, file.stamp, start, end) for file, start, end in self._tried]
             # The device is slow, and nobody waits for this.
             threading.Thread(
-                target=_bring, args=(tried,), name="mixprec-cache", daemon=True
+                target=_bring_all, args=(tried,), name="mixprec-cache", daemon=True
             ).start()
         self._tried = []
 
@@ -198,9 +218,6 @@ class RangeReader:
 
     def _is_waiting(self) -> bool:
         return self._waited_s > self._busy_s
-
-    def _is_past(self, file: OpenFile, start: int, end: int) -> bool:
-        return self.may_pass and file.direct is not None and not file.is_cached(start, end)
 
     def _read_past(
         self, file: OpenFile, start: int, end: int, spec: TensorSpec
@@ -225,17 +242,23 @@ def aligned(start: int, end: int) -> tuple[int, int]:
     return start // _ALIGNED_BYTES * _ALIGNED_BYTES, -(-end // _ALIGNED_BYTES) * _ALIGNED_BYTES
 
 
-def _bring(ranges: Iterable[tuple[Path, FileStamp | None, int, int]]) -> None:
+def _bring_all(ranges: Iterable[tuple[Path, FileStamp | None, int, int]]) -> None:
     """Have the kernel read ranges into the page cache; a file that is gone by now is none."""
     for file, stamp, start, end in ranges:
         with contextlib.suppress(CheckpointError, OSError):
             descriptor = reopen(file, stamp)
             try:
-                for begin in range(start, end, _ADVISED_BYTES):
-                    size = min(_ADVISED_BYTES, end - begin)
-                    os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+                bring(descriptor, start, end)
             finally:
                 os.close(descriptor)
+
+
+def bring(descriptor: int, start: int, end: int) -> None:
+    """Have the kernel read a range into the page cache, as far as it is not there; do not wait."""
+    with contextlib.suppress(OSError):  # it is a hint
+        for begin in range(start, end, _ADVISED_BYTES):
+            size = min(_ADVISED_BYTES, end - begin)
+            os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
 
 
 def read_into(

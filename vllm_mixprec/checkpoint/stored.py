@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from vllm_mixprec.checkpoint.buffers import READ_BYTES
+from vllm_mixprec.checkpoint.filling import Filling
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader
 
@@ -51,21 +52,26 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
     """Stands for a tensor in a file, or for some of its rows, to code that expects a tensor.
 
     vLLM's weight loaders take whole tensors and narrow them to what their tensor-parallel rank
-    holds. Narrowing this along its first dimension reads nothing; copying it into a parameter reads
-    what is left, straight into the parameter's memory, or a few megabytes at a time where that is
-    on another device, of another dtype or in pieces; any other operation reads it all first. So
-    what a loader does with it is never wrong, only slower than it was foreseen.
+    holds. Narrowing this along its first dimension, or to all of it, reads nothing; copying it into
+    a parameter reads what is left, straight into the parameter's memory, or a few megabytes at a
+    time where that is on another device, of another dtype or in pieces; any other operation reads
+    it all first. So what a loader does with it is never wrong, only slower than it was foreseen.
 
     Args:
         rows: which of the tensor's rows it stands for; None for all.
         ahead: rows that have been read already, and their values.
         reader: of the others; None for one that goes through the page cache.
+        filling: what reads them, as long as its file is open, into memory where that can be read
+            into.
+        is_late: whether memory that this is copied to is only filled when ``filling`` is done.
     """
 
     spec: TensorSpec
     rows: range
     ahead: tuple[range, torch.Tensor] | None
     reader: RangeReader | None
+    filling: Filling | None
+    is_late: bool
 
     @staticmethod
     def __new__(
@@ -74,6 +80,8 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         rows: range | None = None,
         ahead: tuple[range, torch.Tensor] | None = None,
         reader: RangeReader | None = None,
+        filling: Filling | None = None,
+        is_late: bool = False,
     ) -> "StoredTensor":
         rows = range(spec.shape[0]) if rows is None else rows
         shape = (len(rows), *spec.shape[1:])
@@ -81,6 +89,7 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             cls, shape, dtype=DTYPES[spec.dtype]
         )
         made.spec, made.rows, made.ahead, made.reader = spec, rows, ahead, reader
+        made.filling, made.is_late = filling, is_late
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -95,9 +104,11 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             stored, dim, step = args[0], given.get("dim", 0), given.get("step", 1)
             start, stop = given.get("start"), given.get("stop")
             if dim in (0, -stored.dim()) and step == 1:
-                return cls(stored.spec, stored.rows[start:stop], stored.ahead, stored.reader)
+                return stored._of(stored.rows[start:stop], stored.is_late)
+            if range(stored.shape[dim])[start:stop:step] == range(stored.shape[dim]):
+                return stored._of(stored.rows, stored.is_late)
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(args[0].spec, args[0].rows, args[0].ahead, args[0].reader)
+            return args[0]._of(args[0].rows, args[0].is_late)
         if func is torch.ops.aten.copy_.default and isinstance(args[1], cls):
             target, stored = args[:2]
             if target.shape == stored.shape and not isinstance(target, cls):
@@ -105,6 +116,16 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
                 return target
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
         return func(*args, **kwargs)
+
+    def late(self) -> "StoredTensor":
+        """Return the same for one who copies it and leaves alone what it is copied to.
+
+        Its ``filling`` tells when that is there.
+        """
+        return self._of(self.rows, is_late=True)
+
+    def _of(self, rows: range, is_late: bool) -> "StoredTensor":
+        return StoredTensor(self.spec, rows, self.ahead, self.reader, self.filling, is_late)
 
     def read(self) -> torch.Tensor:
         """Return the values, which are kept."""
@@ -127,6 +148,11 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
             target.copy_(ahead)
             return
         if not self.numel():
+            return
+        filling = self.filling
+        if filling is not None and filling.file.is_open and _is_readable_into(target, self.dtype):
+            fill = filling.fill_later if self.is_late else filling.fill
+            fill(target, self.spec.start + self.rows.start * self._row_bytes, self.spec)
             return
         size = max(READ_BYTES // self._row_bytes, 1)
         places = [
@@ -171,6 +197,13 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         if self.rows.start < rows.start or self.rows.stop > rows.stop:
             return None
         return values[self.rows.start - rows.start : self.rows.stop - rows.start]
+
+
+def _is_readable_into(target: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is memory of the CPU, in one piece or of a matrix whose rows are, of a dtype."""
+    has_rows = target.dim() == 2 and target.stride(1) == 1
+    is_memory: bool = target.is_cpu and (target.is_contiguous() or has_rows)
+    return is_memory and target.dtype == dtype
 
 
 def as_dtype(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

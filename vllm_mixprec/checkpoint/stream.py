@@ -3,9 +3,11 @@
 
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from vllm_mixprec.checkpoint.buffers import READ_BYTES, block_bytes
+from vllm_mixprec.checkpoint.filling import Filling
 from vllm_mixprec.checkpoint.header import TensorSpec, View
-from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader, aligned
+from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader, aligned, bring
 from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, as_dtype, start_readers
 
 _AHEAD_BYTES = 64 << 20
@@ -25,10 +28,14 @@ class _Read(NamedTuple):
     """What one read gave, where it lies, and whether it was read past the page cache."""
 
     tensors: list[tuple[TensorSpec, torch.Tensor]]
-    file: OpenFile
+    filling: Filling
     start: int
     end: int
     is_past: bool = False
+
+    @property
+    def file(self) -> OpenFile:
+        return self.filling.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,7 @@ class Part:
     spec: TensorSpec
     rows: range | None = None
     is_shared: bool = False
+    is_copied: bool = False
 
     @property
     def start(self) -> int:
@@ -59,6 +67,7 @@ def read_tensors(
     rows: Mapping[TensorSpec, range] | None = None,
     reader: RangeReader | None = None,
     shared: Container[TensorSpec] = (),
+    copied: Container[TensorSpec] = (),
 ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
     """Yield each tensor once, in the order of files and offsets.
 
@@ -73,55 +82,103 @@ def read_tensors(
         reader: of this load; None for one that goes through the page cache.
         shared: tensors that another process of this machine reads, too, so that they are read
             through the page cache.
+        copied: tensors that are copied at once, as they are, into memory of the CPU, so that the
+            page cache can be read straight into it: where they are in it, or go through it, they
+            come as a :class:`StoredTensor`, and only the cache is filled ahead.
 
     Raises:
         CheckpointError: a file vanished or was changed since its header was read, or while its
             tensors are.
     """
     rows = rows or {}
-    reader = reader or RangeReader()
     ordered = sorted(specs, key=lambda spec: (str(spec.file), spec.start))
-    chunks = _chunk([Part(spec, rows.get(spec), spec in shared) for spec in ordered])
-    waiting: deque[tuple[int, Future[_Read]]] = deque()
-    ahead_bytes = 0
-    files: dict[Path, OpenFile] = {}  # those that chunks wait of
-    pool = start_readers()
+    parts = [Part(spec, rows.get(spec), spec in shared, spec in copied) for spec in ordered]
+    with closing(_Stream(reader or RangeReader())) as stream:
+        yield from stream.tensors(parts)
 
-    def give() -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """Yield what was read first, and tell ``reader`` how long that was waited for, and used."""
-        nonlocal ahead_bytes
-        taken, future = waiting.popleft()
-        ahead_bytes -= taken
-        begun = time.perf_counter()
-        read = future.result()
-        came = time.perf_counter()
-        for file in [file for file in files.values() if str(file.file) < str(read.file.file)]:
-            files.pop(file.file).close_unchanged()
-        yield from read.tensors
-        if read.is_past:
-            busy_s = time.perf_counter() - came
-            reader.note(read.file, read.start, read.end, came - begun, busy_s)
 
-    try:
-        for chunk in chunks:
+class _Stream:
+    """Reads chunks ahead, hands their tensors out, and sees to what those leave to be read."""
+
+    def __init__(self, reader: RangeReader) -> None:
+        self._reader = reader
+        self._pool = start_readers()
+        self._files: dict[Path, OpenFile] = {}  # those of which chunks are on their way
+        # How to get what comes next, with the memory it holds.
+        self._waiting: deque[tuple[int, Callable[[], _Read]]] = deque()
+        self._begun: deque[_Read] = deque()  # those whose places are being filled
+        self._ahead_bytes = self._begun_bytes = 0
+
+    def tensors(self, parts: list[Part]) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """Yield every part's tensor, in order."""
+        for chunk in _chunk(parts):
             spec = chunk[0].spec
-            if spec.file not in files:
-                files[spec.file] = OpenFile(spec.file, spec.stamp, reader.may_pass)
+            if spec.file not in self._files:
+                opened = OpenFile(spec.file, spec.stamp, self._reader.may_pass)
+                self._files[spec.file] = opened
             # A chunk of a few bytes holds a whole buffer.
             first, last = aligned(chunk[0].start, _end(chunk))
             nbytes = min(block_bytes(last - first), _AHEAD_BYTES)
-            while waiting and ahead_bytes + nbytes > _AHEAD_BYTES:
-                yield from give()
-            waiting.append((nbytes, pool.submit(_read_chunk, files[spec.file], chunk, reader)))
-            ahead_bytes += nbytes
-        while waiting:
-            yield from give()
-        for file in files.values():
+            while self._waiting and self._ahead_bytes + nbytes > _AHEAD_BYTES:
+                yield from self._give()
+            self._waiting.append((nbytes, self._begin(chunk)))
+            self._ahead_bytes += nbytes
+        while self._waiting:
+            yield from self._give()
+        self._fill(until=lambda: not self._begun)
+        for file in self._files.values():
             file.require_unchanged()
-        reader.finish()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        for file in files.values():
+        self._reader.finish()
+
+    def _begin(self, chunk: list[Part]) -> Callable[[], _Read]:
+        """Have a chunk read, or brought into the page cache; return how to get its tensors."""
+        filling = Filling(self._files[chunk[0].spec.file], self._pool)
+        file, start, end = filling.file, chunk[0].start, _end(chunk)
+        may_pass = not any(part.is_shared for part in chunk)
+        may_pass = may_pass and self._reader.is_past(file, start, end)
+        if may_pass or not any(part.is_copied for part in chunk):
+            return self._pool.submit(_read_chunk, filling, chunk, self._reader, may_pass).result
+        is_on_its_way = None
+        if not file.is_cached(start, end):
+            is_on_its_way = self._pool.submit(bring, file.descriptor, start, end)
+        return partial(_leave, filling, chunk, self._reader, is_on_its_way)
+
+    def _give(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """Yield what was read first, and tell the reader how long that was waited for, and used."""
+        taken, get = self._waiting.popleft()
+        self._ahead_bytes -= taken
+        asked = time.perf_counter()
+        read = get()
+        came = time.perf_counter()
+        self._close_before(read.file)
+        try:
+            yield from read.tensors
+        finally:
+            is_begun = read.filling.begin()
+        if is_begun:
+            self._begun.append(read)
+            self._begun_bytes += read.end - read.start
+            self._fill(until=lambda: self._begun_bytes <= _AHEAD_BYTES)
+        if read.is_past:
+            busy_s = time.perf_counter() - came
+            self._reader.note(read.file, read.start, read.end, came - asked, busy_s)
+
+    def _close_before(self, file: OpenFile) -> None:
+        """Close the files before one, of which all is read, or will be."""
+        for done in [each for each in self._files.values() if str(each.file) < str(file.file)]:
+            self._fill(until=lambda: not self._begun or self._begun[0].file is not done)  # noqa: B023  called at once
+            self._files.pop(done.file).close_unchanged()
+
+    def _fill(self, until: Callable[[], bool]) -> None:
+        """Wait for places to be filled, in order."""
+        while not until():
+            read = self._begun.popleft()
+            self._begun_bytes -= read.end - read.start
+            read.filling.done.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for file in self._files.values():
             file.close()
 
 
@@ -150,19 +207,37 @@ def _end(chunk: list[Part]) -> int:
     return max(part.end for part in chunk)
 
 
-def _read_chunk(file: OpenFile, chunk: list[Part], reader: RangeReader) -> _Read:
+def _read_chunk(filling: Filling, chunk: list[Part], reader: RangeReader, may_pass: bool) -> _Read:
     begin, last = chunk[0].start, max(chunk, key=attrgetter("end"))
-    may_pass = not any(part.is_shared for part in chunk)
     is_large = last.end - begin > _LARGE_BYTES and last.spec.shape and last.spec.view is None
     if is_large and len(chunk) == 1:  # an empty tensor may begin where it ends
         [part] = chunk
-        stored = StoredTensor(part.spec, reader=reader if may_pass else None)
-        return _Read([(part.spec, stored)], file, begin, last.end)
-    raw, is_past = reader.lend(file, begin, last.end, last.spec, may_pass)
-    tensors = [
-        (part.spec, _typed(part, raw[part.start - begin : part.end - begin])) for part in chunk
-    ]
-    return _Read(tensors, file, begin, last.end, is_past)
+        stored = StoredTensor(part.spec, reader=None if part.is_shared else reader)
+        return _Read([(part.spec, stored)], filling, begin, last.end)
+    raw, is_past = reader.lend(filling.file, begin, last.end, last.spec, may_pass)
+    return _Read(_cut(chunk, raw), filling, begin, last.end, is_past)
+
+
+def _leave(
+    filling: Filling, chunk: list[Part], reader: RangeReader, is_on_its_way: Future[None] | None
+) -> _Read:
+    """Leave what is copied to be read when it is; read what else there is, which is small."""
+    if is_on_its_way is not None:
+        is_on_its_way.result()  # or the file could be closed meanwhile
+    found: dict[TensorSpec, torch.Tensor] = {
+        part.spec: StoredTensor(part.spec, filling=filling) for part in chunk if part.is_copied
+    }
+    for rest in _chunk([part for part in chunk if not part.is_copied]):
+        raw, _ = reader.lend(filling.file, rest[0].start, _end(rest), rest[-1].spec, may_pass=False)
+        found |= dict(_cut(rest, raw))
+    tensors = [(part.spec, found[part.spec]) for part in chunk]
+    return _Read(tensors, filling, chunk[0].start, _end(chunk))
+
+
+def _cut(chunk: list[Part], raw: torch.Tensor) -> list[tuple[TensorSpec, torch.Tensor]]:
+    """Return the tensors of a chunk whose bytes were read, in order."""
+    begin = chunk[0].start
+    return [(part.spec, _typed(part, raw[part.start - begin : part.end - begin])) for part in chunk]
 
 
 def _typed(part: Part, raw: torch.Tensor) -> torch.Tensor:

@@ -98,9 +98,22 @@ LAYERS: tuple[Coupling, ...] = (
         "turns the checkpoint's names into vLLM's",
         members=("map_name",),
     ),
-    # Linear layers: quant/methods.py, quant/cpu.py, loading/ledger.py.
+    # Linear layers: quant/methods.py, quant/cpu.py, loading/ledger.py, loading/pack_ahead.py.
     Coupling(f"{_LINEAR}:LinearBase", "is the class of every linear layer", ("prefix",)),
     Coupling(f"{_LINEAR}:UnquantizedLinearMethod", "serves bf16, fp16 and fp32 linears"),
+    Coupling(
+        f"{_LINEAR}:UnquantizedLinearMethod.process_weights_after_loading",
+        "packs a linear for the CPU's kernel, and looks at nothing else",
+        ("layer",),
+        family="cpu",
+    ),
+    Coupling(
+        "vllm.model_executor.layers.vocab_parallel_embedding:"
+        "UnquantizedEmbeddingMethod.process_weights_after_loading",
+        "packs embeddings and the head for the CPU's kernel, and looks at nothing else",
+        ("layer",),
+        family="cpu",
+    ),
     Coupling(
         f"{_LINEAR}:LinearMethodBase.create_weights",
         "is told the sizes that one rank holds",

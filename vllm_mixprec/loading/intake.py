@@ -8,6 +8,7 @@ straight to the layer that holds them; the rest goes on to the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from functools import lru_cache
 
 import torch
@@ -15,9 +16,9 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
 from vllm_mixprec.checkpoint.dequantize import dequantize, relayout
+from vllm_mixprec.checkpoint.stored import StoredTensor
 from vllm_mixprec.errors import MixPrecError, RouteError
 from vllm_mixprec.loading.ledger import Ledger
-from vllm_mixprec.loading.pack_ahead import PackAhead
 from vllm_mixprec.quant.experts import load_expert
 from vllm_mixprec.routing import Route
 from vllm_mixprec.routing.fused import parse_expert
@@ -64,8 +65,18 @@ class Intake:
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._came: dict[str, set[str]] = {}  # module -> suffixes since the last close
 
-    def load_weights(self, weights: Weights, ledger: Ledger | None = None) -> set[str]:
+    def load_weights(
+        self,
+        weights: Weights,
+        ledger: Ledger | None = None,
+        on_late: Callable[[Future[None]], None] | None = None,
+    ) -> set[str]:
         """Load tensors; what is incomplete waits for the next call.
+
+        Args:
+            ledger: told of each.
+            on_late: allows experts that :class:`StoredTensor` stands for to be in place only when
+                what this is called with is done. None for experts that are, at once.
 
         Returns:
             Names of the parameters that the model's own loader filled.
@@ -77,9 +88,7 @@ class Intake:
         with disable_mtp_completeness_check():
             if ledger is None:
                 return self._load(self._divert(self._assemble(weights)))
-            with PackAhead(self.held, self._experts) as ahead:
-                whole = ledger.feed(self._assemble(weights, ahead.came))
-                return self._load(self._divert(whole))
+            return self._load(self._divert(ledger.feed(self._assemble(weights)), on_late))
 
     def close(self) -> None:
         """Make sure that every module came whole or not at all; what waits is forgotten.
@@ -98,13 +107,8 @@ class Intake:
                 "module, or route it to a complete source"
             )
 
-    def _assemble(
-        self, weights: Weights, on_loaded: Callable[[str], None] = lambda module: None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) as the layers expect them; dequantise or lay out what is not so.
-
-        Tells ``on_loaded`` of a module after whoever takes its last tensor has asked for the next.
-        """
+    def _assemble(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) as the layers expect them; dequantise or lay out what is not so."""
         for name, tensor in weights:
             module, _, suffix = name.rpartition(".")
             route = self.held.get(module)
@@ -134,8 +138,6 @@ class Intake:
                 if (route.served.format, name) == ("fp8_channel", "weight_scale"):
                     tensor = tensor.reshape(-1, 1)  # stored as (N,) or (N, 1)
                 yield f"{module}.{name}", tensor
-            if len(came) == len(route.tensors):
-                on_loaded(module)
 
     def _require_known(self, name: str, module: str) -> None:
         if module not in self._known and not self._unserved(module):
@@ -165,7 +167,9 @@ class Intake:
         except MixPrecError as error:
             raise type(error)(f"{route.module} of source {route.source!r}: {error}") from error
 
-    def _divert(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    def _divert(
+        self, weights: Weights, on_late: Callable[[Future[None]], None] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Load experts on the way, and yield the rest.
 
         The models' own loops over experts compare each tensor with a list of all of them, and look
@@ -178,6 +182,10 @@ class Intake:
             if expert is None or layer is None:
                 yield self._spell(name), tensor
             else:
+                if isinstance(tensor, StoredTensor) and on_late is not None:
+                    tensor = tensor.late()
+                    if tensor.filling is not None:
+                        on_late(tensor.filling.done)
                 load_expert(layer, expert.expert, expert.projection, suffix, tensor)
 
 

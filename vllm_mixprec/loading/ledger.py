@@ -5,7 +5,9 @@ vLLM's loaders skip what they do not know by suffix, and leave what nobody fille
 both stop the start, with the name.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from vllm_mixprec.errors import RouteError
 
 _SHOWN = 5
 
+OnLoaded = Callable[[Module, int | None, bool], None]
+
 
 class Ledger:
     """Watches the parameters of one model while ``load_weights`` consumes a stream.
@@ -26,17 +30,35 @@ class Ledger:
     weight loader wrote a parameter. The models' loaders consume one tensor at a time.
     """
 
-    def __init__(self, model: Module, lent: Collection[str] = ()) -> None:
-        """Watch ``model``; ``lent`` parameters are replaced by another model's after loading."""
-        self._model = model
+    def __init__(
+        self, model: Module, lent: Collection[str] = (), on_loaded: OnLoaded | None = None
+    ) -> None:
+        """Watch a model.
+
+        Args:
+            lent: parameters that are replaced by another model's after loading.
+            on_loaded: is called when all of a layer is loaded, with the layer, None and True; of a
+                layer of routed experts for each of them, with its logical id and whether it is the
+                last; but only after whoever took the last tensor of it has asked for the next.
+        """
+        self._modules = dict(model.named_modules())  # get_submodule walks, for each tensor
         self._lent = lent
+        self._on_loaded = on_loaded
         self._current = ""
         self._taken: dict[str, int] = {}
         # parameter name -> (shard, expert) -> tensor that filled it
         self._filled: dict[str, dict[tuple[Any, ...], str]] = {}
         self._restore: list[Callable[[], None]] = []
+        self._layers: dict[str, list[str]] = defaultdict(list)  # layer -> names of its parameters
+        # Layers, and experts of them, that the tensor on its way filled a part of; in order.
+        self._touched: dict[tuple[str, int | None], None] = {}
+        self._expert_filled: Counter[tuple[str, int | None]] = Counter()
+        self._experts_loaded: Counter[str] = Counter()
+        self._parts_of_expert = cache(self._count_parts_of_expert)
         for name, parameter in model.named_parameters():
             self._watch_parameter(name, parameter)
+            if parameter.numel():
+                self._layers[name.rpartition(".")[0]].append(name)
 
     def release(self) -> None:
         """Take the watch off; more than once does no harm."""
@@ -48,11 +70,13 @@ class Ledger:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass tensors on, noting which one is on its way."""
         for name, tensor in stream:
+            self._tell()
             if name in self._taken:
                 raise RouteError(f"{name}: fed to the model twice; expected once. Report this plan")
             self._taken[name] = 0
             self._current = name
             yield name, tensor
+        self._tell()
         self._current = ""
 
     def close(self) -> None:
@@ -69,21 +93,51 @@ class Ledger:
                 "expected a parameter for it. Check that the base's config.json describes its "
                 "tensors"
             )
-        empty, partial = [], []
-        for name, parameter in self._model.named_parameters():
-            if parameter.numel() == 0 or self._is_unused(name):
-                continue
-            filled = self._filled.get(name, {})
-            expected = self._expected(name)
-            if not filled:
-                empty.append(name)
-            elif expected is not None and (None, None) not in filled and len(filled) < expected:
-                partial.append(f"{name} ({len(filled)} of {expected} parts)")
-        if empty or partial:
+        missing = [self._missing(name) for names in self._layers.values() for name in names]
+        found = [each for each in missing if each is not None]
+        if found:
+            # What nothing filled before what only misses a part.
+            found.sort(key=lambda each: " " in each)
             raise RouteError(
-                f"{_names(empty + partial)}: no source's tensor filled it; expected every "
+                f"{_names(found)}: no source's tensor filled it; expected every "
                 "parameter of this rank to be loaded. Check that the base checkpoint is complete"
             )
+
+    def _missing(self, name: str) -> str | None:
+        """Name a parameter of which something was not filled, and how much was; None if all was."""
+        if self._is_unused(name):
+            return None
+        filled = self._filled.get(name, {})
+        if not filled:
+            return name
+        expected = self._expected(name)
+        if expected is None or (None, None) in filled or len(filled) >= expected:
+            return None
+        return f"{name} ({len(filled)} of {expected} parts)"
+
+    def _tell(self) -> None:
+        """Tell of the layers, and the experts, that the tensor on its way completed."""
+        touched, self._touched = self._touched, {}
+        if self._on_loaded is None:
+            return
+        for name, expert in touched:
+            layer = self._modules[name]
+            if isinstance(layer, RoutedExperts):
+                if self._expert_filled[name, expert] == self._parts_of_expert(name):
+                    self._experts_loaded[name] += 1
+                    is_last = self._experts_loaded[name] == layer.local_num_experts
+                    self._on_loaded(layer, expert, is_last)
+            elif all(self._missing(each) is None for each in self._layers[name]):
+                self._on_loaded(layer, None, True)
+
+    def _count_parts_of_expert(self, layer: str) -> int:
+        """How many separate tensors fill what a layer holds of one routed expert."""
+        experts = self._modules[layer].local_num_experts
+        return sum(
+            (self._expected(name) or 0) // experts
+            for name in self._layers[layer]
+            if name.rpartition(".")[2].startswith(("w13_", "w2_")) and not self._is_unused(name)
+        )
 
     def _is_unused(self, name: str) -> bool:
         """Whether no checkpoint has to hold this parameter.
@@ -93,13 +147,13 @@ class Ledger:
         """
         if name in self._lent:
             return True
-        module = self._model.get_submodule(name.rpartition(".")[0])
+        module = self._modules[name.rpartition(".")[0]]
         is_bias = name.endswith(("w13_bias", "w2_bias"))
         return is_bias and isinstance(module, RoutedExperts) and not module.moe_config.has_bias
 
     def _expected(self, name: str) -> int | None:
         """How many separate tensors fill a fused parameter; None where one does."""
-        module = self._model.get_submodule(name.rpartition(".")[0])
+        module = self._modules[name.rpartition(".")[0]]
         leaf = name.rpartition(".")[2]
         if isinstance(module, RoutedExperts):
             stacked = leaf.startswith("w13_") and module.moe_config.is_act_and_mul
@@ -120,10 +174,14 @@ class Ledger:
             )
         if self._current:
             self._taken[self._current] += 1
+        touched = name.rpartition(".")[0], key[1]
+        self._touched[touched] = None
+        if key[1] is not None:
+            self._expert_filled[touched] += 1
 
     def _watch_parameter(self, name: str, parameter: Parameter) -> None:
         loader = getattr(parameter, "weight_loader", default_weight_loader)
-        of_experts = isinstance(self._model.get_submodule(name.rpartition(".")[0]), RoutedExperts)
+        of_experts = isinstance(self._modules[name.rpartition(".")[0]], RoutedExperts)
         arguments = ("weight_name", "shard_id", "expert_id") if of_experts else ("loaded_shard_id",)
 
         def watched(

@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
+from vllm.platforms import current_platform
 
 from vllm_mixprec.checkpoint import TensorSpec
 from vllm_mixprec.checkpoint.hub import fetch
@@ -26,8 +27,9 @@ from vllm_mixprec.errors import PlanError, UnsupportedError
 from vllm_mixprec.loading.fresh_pages import made_ahead
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
+from vllm_mixprec.loading.pack_ahead import PackAhead
 from vllm_mixprec.loading.reload import as_files_are
-from vllm_mixprec.loading.rows import rank_rows, shared_tensors
+from vllm_mixprec.loading.rows import copied_tensors, rank_rows, shared_tensors
 from vllm_mixprec.models import PREPARE
 from vllm_mixprec.patches import apply_patches
 from vllm_mixprec.quant.config import LOAD_FORMAT, MixPrecConfig
@@ -82,6 +84,9 @@ class MixPrecLoader(BaseModelLoader):
         rows = rank_rows(routes, config.table, get_tensor_model_parallel_rank(), dp_rank)
         model.mixprec_rows = rows
         model.mixprec_shared = shared_tensors(routes, config.table, rows)
+        model.mixprec_copied = set()
+        if current_platform.is_cpu():
+            model.mixprec_copied = copied_tensors(routes, config.table, model_config.dtype)
         model.load_weights = model.mixprec_intake.load_weights
         model.mixprec_served = model_config.model
         model.mixprec_asked = False
@@ -96,10 +101,12 @@ class MixPrecLoader(BaseModelLoader):
         """
         begun = time.perf_counter()
         config = _plan_config(get_current_vllm_config())
-        ledger = Ledger(model, lent_parameters(model, config))
+        ahead = PackAhead()
+        ledger = Ledger(model, lent_parameters(model, config), ahead.loaded)
         try:
-            with made_ahead(parameter.data for parameter in model.parameters()):
-                model.load_weights(self.get_all_weights(model_config, model), ledger)
+            with ahead, made_ahead(parameter.data for parameter in model.parameters()):
+                weights = self.get_all_weights(model_config, model)
+                model.load_weights(weights, ledger, ahead.wait_for)
             model.mixprec_intake.close()
             ledger.close()
         finally:
@@ -130,22 +137,22 @@ class MixPrecLoader(BaseModelLoader):
             for suffix, spec in route.tensors.items()
         }
         specs = [spec for route in routes for spec in route.tensors.values()]
-        rows, shared = model.mixprec_rows, model.mixprec_shared
+        rows, shared, copied = model.mixprec_rows, model.mixprec_shared, model.mixprec_copied
         if model.mixprec_asked:  # a reload, which is to read what the sources hold by now
             now = as_files_are(specs)
             specs = list(now.values())
             rows = {now[spec]: part for spec, part in rows.items()}
-            shared = {now[spec] for spec in shared}
+            shared, copied = ({now[spec] for spec in some} for some in (shared, copied))
         model.mixprec_asked = True
-        return self._read(routes, names, specs, rows, shared)
+        read = partial(read_tensors, specs, rows, shared=shared, copied=copied)
+        return self._read(routes, names, specs, read)
 
     def _read(
         self,
         routes: list[Route],
         names: dict[tuple[Path, str], str],
         specs: list[TensorSpec],
-        rows: dict[TensorSpec, range],
-        shared: set[TensorSpec],
+        read: Callable[..., Iterator[tuple[TensorSpec, torch.Tensor]]],
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for line in summarise(routes):
             logger.info("%s", line)
@@ -162,7 +169,7 @@ class MixPrecLoader(BaseModelLoader):
         reader = RangeReader(may_pass=True)
         with bar:
             shown_bytes = read_bytes = 0
-            for spec, tensor in read_tensors(specs, rows, reader, shared):
+            for spec, tensor in read(reader=reader):
                 yield names[spec.file, spec.name], tensor
                 read_bytes += spec.nbytes
                 if read_bytes - shown_bytes >= _BAR_STEP_BYTES:

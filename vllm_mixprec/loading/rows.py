@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of each stored tensor a tensor-parallel rank will ask for."""
+"""Which rows of each stored tensor a tensor-parallel rank will ask for, and for what."""
 
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from vllm_mixprec.checkpoint import TensorSpec
+from vllm_mixprec.checkpoint.stored import DTYPES
 from vllm_mixprec.routing import Route, RouteTable
 from vllm_mixprec.routing.fused import leaf_name, parse_expert
 from vllm_mixprec.routing.parallel import shard_weight
@@ -15,6 +18,7 @@ _SMALLEST_BYTES = 64 << 10
 # GPTQ and AWQ store (K, N); every other format (N, K).
 _K_FIRST = frozenset({"qweight", "scales"})
 _WHOLE = frozenset({"g_idx", "qzeros"})  # compared with the config's promise, and small
+_WEIGHTS = frozenset({"weight", "qweight"})
 
 
 def rank_rows(
@@ -83,6 +87,30 @@ def shared_tensors(
             if replicas > 1 or read * ranks >= 2 * stored:
                 shared.add(spec)
     return shared
+
+
+def copied_tensors(
+    routes: Iterable[Route], table: RouteTable, dtype: torch.dtype
+) -> set[TensorSpec]:
+    """Return the weights that loading copies to their place as they are stored, whole or by rows.
+
+    Args:
+        dtype: of the model's unquantised weights.
+    """
+    dims = ModelDims.from_config(table.base_config)
+    copied = set()
+    for route in routes:
+        if route.widened or route.relaid:
+            continue
+        is_expert = parse_expert(route.module) is not None
+        shard = shard_weight(leaf_name(route.module), route.shape, is_expert, table.layout, dims)
+        for suffix, spec in route.tensors.items():
+            is_cut_across = shard.rows_cut if suffix in _K_FIRST else shard.columns_cut
+            is_as_stored = route.stored.is_quantized or DTYPES[spec.dtype] == dtype
+            is_matrix = len(spec.shape) == 2 and spec.nbytes > 0 and spec.view is None
+            if suffix in _WEIGHTS and is_matrix and is_as_stored and not is_cut_across:
+                copied.add(spec)
+    return copied
 
 
 def _cut(stored: int, held: int, whole: int, ranks: int, rank: int) -> range | None:

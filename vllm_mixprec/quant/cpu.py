@@ -6,8 +6,6 @@ checkpoint's layout, so that vLLM's own weight loaders cut the tensor-parallel s
 reordered once for the kernel after loading.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,11 +36,14 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 
+_PARTS = ("w13", "w2")
+_PACKED = "mixprec_packed"  # attribute of a layer: the slots of the experts that are packed
+
+
 class CpuExpertsMethod(FusedMoEMethodBase):
     """Routed experts of one format through ``fused_experts_cpu``; a subclass for each format."""
 
     kernel: ExpertKernel
-    packs_ahead = True
 
     def __init__(self, scheme: Scheme, layer: "RoutedExperts") -> None:
         super().__init__(layer.moe_config)
@@ -104,29 +105,49 @@ class CpuExpertsMethod(FusedMoEMethodBase):
             layer.register_buffer(
                 "expert_slots", torch.stack([group, expert_map]), persistent=False
             )
-        ahead = layer.__dict__.pop("mixprec_ahead", None)
-        for part in self._pack_parts(layer) if ahead is None else ahead.result():
-            for name, tensor in part.items():
+        # w13 is replaced before w2 is packed: two copies of both would be the peak of loading.
+        for part in _PARTS:
+            names = [name for name in self.names if name.startswith(part)]
+            packed = self.pack(*(getattr(layer, name).data for name in names))
+            for name, tensor in zip(names, packed, strict=True):
                 delattr(layer, name)
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
 
-    def pack_ahead(self, layer: "RoutedExperts", pool: Executor) -> None:
-        """Begin to pack a layer that is loaded, before vLLM asks for it; its parameters stay."""
-        layer.mixprec_ahead = pool.submit(lambda: list(self._pack_parts(layer)))
-
-    def _pack_parts(self, layer: "RoutedExperts") -> Iterator[dict[str, torch.Tensor]]:
-        # w13 is replaced before w2 is packed: two copies of both would be the peak of loading.
-        for part in ("w13", "w2"):
-            names = [name for name in self.names if name.startswith(part)]
-            packed = self.pack(*(getattr(layer, name).data for name in names))
-            yield dict(zip(names, packed, strict=True))
-
     def pack(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Reorder one weight, its scales and its zero points, as :attr:`names` orders them."""
+        """Return one weight, its scales and its zero points, as :attr:`names` orders them.
+
+        In the kernel's layout, for all experts of a layer.
+        """
         raise NotImplementedError
 
 
-class CpuBf16ExpertsMethod(CpuExpertsMethod):
+class CpuInPlaceExpertsMethod(CpuExpertsMethod):
+    """Experts that are packed each by itself and where it is: as soon as they are loaded."""
+
+    def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
+        packed = layer.__dict__.pop(_PACKED, frozenset())
+        slots = range(len(getattr(layer, self.names[0])))
+        self.pack_slots(layer, [slot for slot in slots if slot not in packed])
+        del layer.__dict__[_PACKED]
+        super().process_weights_after_loading(layer)
+
+    def pack_slots(self, layer: "RoutedExperts", slots: list[int]) -> None:
+        """Pack some experts of a layer, for good: the rest is left to vLLM's call."""
+        for part in _PARTS:
+            tensors = [getattr(layer, name).data for name in self.names if name.startswith(part)]
+            for slot in slots:
+                self.pack_in_place(*(tensor[slot : slot + 1] for tensor in tensors))
+        layer.__dict__.setdefault(_PACKED, set()).update(slots)
+
+    def pack_in_place(self, *tensors: torch.Tensor) -> None:
+        """Reorder one weight of some experts, and mend its scales, as :attr:`names` orders them."""
+        raise NotImplementedError
+
+    def pack(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tensors
+
+
+class CpuBf16ExpertsMethod(CpuInPlaceExpertsMethod):
     """bf16 experts; about twice as fast as the "vec" kernel that stock vLLM takes without AMX."""
 
     kernel = ExpertKernel.BF16
@@ -144,11 +165,11 @@ class CpuBf16ExpertsMethod(CpuExpertsMethod):
         sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition)
         create_plain(layer, sizes, params_dtype, extra_weight_attrs)
 
-    def pack(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (pack_plain(weight),)
+    def pack_in_place(self, weight: torch.Tensor) -> None:
+        pack_plain(weight)
 
 
-class CpuFp8ExpertsMethod(CpuExpertsMethod):
+class CpuFp8ExpertsMethod(CpuInPlaceExpertsMethod):
     """FP8 block experts, W8A16."""
 
     kernel = ExpertKernel.FP8_BLOCK
@@ -166,13 +187,13 @@ class CpuFp8ExpertsMethod(CpuExpertsMethod):
         sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition)
         create_fp8_block(layer, sizes, self.scheme, extra_weight_attrs)
 
-    def pack(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def pack_in_place(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
         assert self.scheme.block is not None
-        scale = clear_zero_tiles(weight, scale.contiguous(), self.scheme.block)
-        return pack_plain(weight), scale
+        clear_zero_tiles(weight, scale, self.scheme.block)
+        pack_plain(weight)
 
 
-class CpuFp8ChannelExpertsMethod(CpuExpertsMethod):
+class CpuFp8ChannelExpertsMethod(CpuInPlaceExpertsMethod):
     """FP8 experts with a scale a row, W8A16."""
 
     kernel = ExpertKernel.FP8_CHANNEL
@@ -190,18 +211,20 @@ class CpuFp8ChannelExpertsMethod(CpuExpertsMethod):
         sizes = ExpertSizes(num_experts, hidden_size, intermediate_size_per_partition)
         create_fp8_channel(layer, sizes, extra_weight_attrs)
 
+    def pack_in_place(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        clear_zero_tiles(weight, scale, (1, weight.shape[2]))
+        pack_plain(weight)
+
     def pack(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scale = clear_zero_tiles(weight, scale.contiguous(), (1, weight.shape[2]))
-        return pack_plain(weight), scale.squeeze(2)
+        return weight, scale.squeeze(2)
 
 
 class CpuInt4ExpertsMethod(CpuExpertsMethod):
     """GPTQ or AWQ int4 experts, W4A8, symmetric or not."""
 
     kernel = ExpertKernel.INT4
-    # Its many short operations take turns for Python's lock with the thread that reads: loading
-    # took a twentieth longer. And its scales are made anew: all layers' would be held twice.
-    packs_ahead = False
+    # Not ahead of vLLM's call: its many short operations take turns for Python's lock with the
+    # thread that loads, which took a twentieth longer.
     names = ("w13_qweight", "w2_qweight", "w13_scales", "w2_scales", "w13_qzeros", "w2_qzeros")
 
     def create_weights(
