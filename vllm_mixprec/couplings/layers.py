@@ -4,6 +4,7 @@
 from vllm_mixprec.couplings.base import Coupling
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 _LINEAR = "vllm.model_executor.layers.linear"
 _MODELS = "vllm.model_executor.models"
 _PARAMETER = "vllm.model_executor.parameter"
@@ -108,8 +109,10 @@ LAYERS: tuple[Coupling, ...] = (
         family="cpu",
     ),
     Coupling(
-        "vllm.model_executor.layers.vocab_parallel_embedding:"
-        "UnquantizedEmbeddingMethod.process_weights_after_loading",
+        f"{_EMBEDDING}:UnquantizedEmbeddingMethod", "serves embeddings and the head, unquantised"
+    ),
+    Coupling(
+        f"{_EMBEDDING}:UnquantizedEmbeddingMethod.process_weights_after_loading",
         "packs embeddings and the head for the CPU's kernel, and looks at nothing else",
         ("layer",),
         family="cpu",
