@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that is made ahead is there, holds what it held, and is not waited for."""
 
+import ctypes
 import mmap
 import threading
 import time
@@ -45,6 +46,20 @@ def test_pages_are_made_while_the_body_runs():
             time.sleep(0.01)
     assert resident_bytes(empty) >= BYTES
     assert bool((written[::4096] == 7).all()) and not bool(empty.any())
+
+
+def test_memory_that_was_given_back_is_passed_over():
+    """Of a layer that was packed meanwhile."""
+    tensors = [fresh(), fresh(), fresh()]
+    protect = ctypes.CDLL(None).mprotect
+    gone = ctypes.c_void_p(tensors[1].data_ptr()), ctypes.c_size_t(BYTES)
+    assert not protect(*gone, 0)  # PROT_NONE
+    with made_ahead(tensors):
+        until = time.monotonic() + 20
+        while "mixprec-pages" in threads() and time.monotonic() < until:
+            time.sleep(0.01)
+    assert not protect(*gone, mmap.PROT_READ | mmap.PROT_WRITE)
+    assert [resident_bytes(tensor) >= BYTES for tensor in tensors] == [True, False, True]
 
 
 def test_an_error_ends_it():

@@ -2,10 +2,11 @@
 """Weights packed while the next are read are those packed when all are loaded."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from functools import partialmethod
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,27 +54,33 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         UnquantizedLinearMethod: "process_weights_after_loading",
         UnquantizedEmbeddingMethod: "process_weights_after_loading",
     }
-    for method, name in methods.items():
 
-        def noted(self, *given, pack):
+    def noted(pack: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(pack)
+        def note(self: Any, *given: Any) -> Any:
             thread = threading.current_thread().name.partition("_")[0]
             found.setdefault(type(self).__name__, set()).add(thread)
             return pack(self, *given)
 
-        monkeypatch.setattr(method, name, partialmethod(noted, pack=getattr(method, name)))
+        return note
+
+    for method, name in methods.items():
+        monkeypatch.setattr(method, name, noted(getattr(method, name)))
     return found
 
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The main thread leaves all that is begun to the other."""
-    finish = PackAhead._finish
+    leave = PackAhead.__exit__
 
-    def patient(self: PackAhead, layer: torch.nn.Module) -> None:
-        wait([future for future, _ in self._begun[layer]])
-        finish(self, layer)
+    def leave_when_done(self: PackAhead, failure: type[BaseException] | None, *rest: Any) -> None:
+        if failure is None:
+            experts = [future for begun in self._experts.values() for future, _ in begun]
+            wait([*self._whole.values(), *experts])
+        leave(self, failure, *rest)
 
-    monkeypatch.setattr(PackAhead, "_finish", patient)
+    monkeypatch.setattr(PackAhead, "__exit__", leave_when_done)
 
 
 @pytest.fixture
@@ -147,6 +154,32 @@ def test_an_error_while_packing_ahead_ends_the_start(
         pytest.raises(RuntimeError, match="no memory for this"),
     ):
         load(serving)
+
+
+def test_an_error_amid_loading_leaves_no_thread_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when the error is kept, which keeps all that was under way."""
+    monkeypatch.setattr(pack_ahead, "_TOGETHER_BYTES", 1)
+    real, left = Ledger._record, [40]
+
+    def fail(self: Ledger, *given: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("out of patience")
+        real(self, *given)
+
+    monkeypatch.setattr(Ledger, "_record", fail)
+    before = set(threading.enumerate())
+    with (
+        serve_mixtral(tmp_path, packs_ahead=True) as serving,
+        pytest.raises(RuntimeError, match="out of patience") as kept,
+    ):
+        load(serving)
+    assert kept.tb is not None
+    for thread in set(threading.enumerate()) - before:
+        thread.join(9)
+        assert not thread.is_alive(), thread.name
 
 
 def test_a_layer_that_lacks_a_module_is_not_packed(

@@ -133,7 +133,7 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         if ahead is not None:
             return ahead
         values = torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        self._copy_to(values)
+        self._of(self.rows, is_late=False)._copy_to(values)
         self.ahead = (self.rows, values)
         return values
 
@@ -147,7 +147,7 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         if ahead is not None:
             target.copy_(ahead)
             return
-        if not self.numel():
+        if not self.numel() or target.is_meta:  # vLLM's reload counts what a loader copies
             return
         filling = self.filling
         if filling is not None and filling.file.is_open and _is_readable_into(target, self.dtype):

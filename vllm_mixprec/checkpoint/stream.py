@@ -3,7 +3,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def read_tensors(
     reader: RangeReader | None = None,
     shared: Container[TensorSpec] = (),
     copied: Container[TensorSpec] = (),
-) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+) -> Generator[tuple[TensorSpec, torch.Tensor]]:
     """Yield each tensor once, in the order of files and offsets.
 
     Tensors are CPU views of buffers that are used again when no view of them lives; at most 64 MiB

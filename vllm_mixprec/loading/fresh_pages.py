@@ -51,7 +51,7 @@ def _make(places: list[tuple[int, int]], ended: threading.Event) -> None:
         first, last = -(-start // page) * page, end // page * page
         for begin in range(first, last, _STEP_BYTES):
             size = min(_STEP_BYTES, last - begin)
-            if ended.is_set() or madvise(
-                ctypes.c_void_p(begin), ctypes.c_size_t(size), _POPULATE_WRITE
-            ):
+            if ended.is_set():
                 return
+            if madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _POPULATE_WRITE):
+                break  # packed by now, and its memory given back

@@ -3,7 +3,8 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -102,20 +103,22 @@ class MixPrecLoader(BaseModelLoader):
         begun = time.perf_counter()
         config = _plan_config(get_current_vllm_config())
         ahead = PackAhead()
-        ledger = Ledger(model, lent_parameters(model, config), ahead.loaded)
+        on_loaded = ahead.loaded if current_platform.is_cpu() else None
+        ledger = Ledger(model, lent_parameters(model, config), on_loaded)
         try:
-            with ahead, made_ahead(parameter.data for parameter in model.parameters()):
-                weights = self.get_all_weights(model_config, model)
-                model.load_weights(weights, ledger, ahead.wait_for)
-            model.mixprec_intake.close()
-            ledger.close()
+            # Closed also by an error that keeps the generator alive: who packs waits for reading.
+            with ahead, closing(self.get_all_weights(model_config, model)) as weights:
+                with made_ahead(parameter.data for parameter in model.parameters()):
+                    model.load_weights(weights, ledger, ahead.wait_for)
+                model.mixprec_intake.close()
+                ledger.close()
         finally:
             ledger.release()
         logger.info("mixprec weights loaded in %.2f s", time.perf_counter() - begun)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: Module
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    ) -> Generator[tuple[str, torch.Tensor]]:
         """Yield (base name, tensor as stored) for everything this rank holds, in file order.
 
         Raises:
@@ -152,8 +155,8 @@ class MixPrecLoader(BaseModelLoader):
         routes: list[Route],
         names: dict[tuple[Path, str], str],
         specs: list[TensorSpec],
-        read: Callable[..., Iterator[tuple[TensorSpec, torch.Tensor]]],
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+        read: Callable[..., Generator[tuple[TensorSpec, torch.Tensor]]],
+    ) -> Generator[tuple[str, torch.Tensor]]:
         for line in summarise(routes):
             logger.info("%s", line)
         fetch(spec.file for spec in specs)
@@ -167,9 +170,9 @@ class MixPrecLoader(BaseModelLoader):
             disable=not shown,
         )
         reader = RangeReader(may_pass=True)
-        with bar:
+        with bar, closing(read(reader=reader)) as tensors:
             shown_bytes = read_bytes = 0
-            for spec, tensor in read(reader=reader):
+            for spec, tensor in tensors:
                 yield names[spec.file, spec.name], tensor
                 read_bytes += spec.nbytes
                 if read_bytes - shown_bytes >= _BAR_STEP_BYTES:
