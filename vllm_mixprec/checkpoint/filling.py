@@ -2,6 +2,7 @@
 """Reads what is in the page cache straight into the memory where it goes."""
 
 import ctypes
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,29 +19,46 @@ _LIBC = ctypes.CDLL(None)
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Memory in pieces, and where what goes there begins in the file.
+    """Memory, and where what goes there begins in the file.
 
     Attributes:
-        pieces: uint8 (pieces, bytes); each is contiguous.
+        target: contiguous, or a matrix whose rows are.
     """
 
-    pieces: torch.Tensor
+    target: torch.Tensor
     start: int
     spec: TensorSpec
 
     @property
     def end(self) -> int:
-        nbytes: int = self.pieces.nbytes
+        nbytes: int = self.target.nbytes
         return self.start + nbytes
 
     @property
     def segments(self) -> np.ndarray:
-        """Address and length of each piece: uint64 (pieces, 2), C's struct iovec."""
-        found = np.empty((len(self.pieces), 2), np.uint64)
-        strides = self.pieces.stride(0) * np.arange(len(self.pieces), dtype=np.uint64)
-        found[:, 0] = self.pieces.data_ptr() + strides
-        found[:, 1] = self.pieces.shape[1]
+        """Address and length of each contiguous piece: uint64 (pieces, 2), C's struct iovec."""
+        target = self.target
+        pieces = 1 if target.is_contiguous() else len(target)
+        stride = target.stride(0) * target.itemsize if pieces > 1 else 0
+        found = np.empty((pieces, 2), np.uint64)
+        found[:, 0] = target.data_ptr() + stride * np.arange(pieces, dtype=np.uint64)
+        found[:, 1] = target.nbytes // pieces
         return found
+
+    @property
+    def pieces(self) -> Iterable[torch.Tensor]:
+        """The same as uint8 tensors."""
+        whole = self.target.view(1, -1) if self.target.is_contiguous() else self.target
+        yield from whole.view(torch.uint8)
+
+    def split(self) -> "Iterator[_Place]":
+        """Cut it into parts of one read's size."""
+        target, start = self.target, self.start
+        if target.is_contiguous():
+            target = target.view(-1)
+        for part in target.split(max(READ_BYTES // (target[0].nbytes or 1), 1)):
+            yield _Place(part, start, self.spec)
+            start += part.nbytes
 
 
 class Filling:
@@ -68,7 +86,7 @@ class Filling:
         Raises:
             CheckpointError: the file ends before.
         """
-        jobs = [[place] for place in _places(target, start, spec)]
+        jobs = [[part] for part in _Place(target.detach(), start, spec).split()]
         if len(jobs) == 1:
             self._read(jobs[0])
         else:
@@ -79,7 +97,7 @@ class Filling:
         if self._is_begun:
             self.fill(target, start, spec)
         else:
-            self._left += _places(target, start, spec)
+            self._left.append(_Place(target.detach(), start, spec))
 
     def begin(self) -> bool:
         """Begin with what was left for later; returns whether there is any."""
@@ -135,19 +153,3 @@ class Filling:
             self.done.set_exception(error)
         else:
             self.done.set_result(None)
-
-
-def _places(target: torch.Tensor, start: int, spec: TensorSpec) -> list[_Place]:
-    """Cut memory into parts of one read's size."""
-    target = target.detach()
-    pieces = (target.view(1, -1) if target.is_contiguous() else target).view(torch.uint8)
-    parts = (
-        pieces.split(READ_BYTES, 1)
-        if len(pieces) == 1
-        else pieces.split(max(READ_BYTES // pieces.shape[1], 1))
-    )
-    places = []
-    for part in parts:
-        places.append(_Place(part, start, spec))
-        start += part.numel()
-    return places
