@@ -95,10 +95,12 @@ def test_every_place_is_filled(
 
 @pytest.mark.parametrize("is_late", [False, True])
 def test_no_buffer_is_taken_and_no_byte_read_twice(written: Written, monkeypatch, is_late: bool):
-    tensors, specs = written
+    _, specs = written
+    monkeypatch.setattr(ranges, "_SMALL_BYTES", 0)
     monkeypatch.setattr(buffers, "_map", lambda nbytes: pytest.fail("took a buffer"))
+    read_to(specs, set(specs), rows_apart, is_late)  # torch imports much at its first use
     before = read_so_far()
-    read_to(specs, weights_of(specs), rows_apart, is_late)
+    read_to(specs, set(specs), rows_apart, is_late)
     told = read_so_far() - before
     assert 0 <= told - sum(spec.nbytes for spec in specs) < 250  # what reading /proc reads
 
@@ -118,11 +120,13 @@ def test_a_matrix_of_more_rows_than_a_call_takes_is_filled(tmp_path: Path):
 def test_only_rows_that_are_asked_for_are_read(written: Written):
     tensors, specs = written
     [spec] = [spec for spec in specs if spec.name == "b3.weight"]
-    place, before = torch.zeros(5, 30, dtype=torch.bfloat16), read_so_far()
-    for _, tensor in read_tensors([spec], {spec: range(10, 20)}, copied={spec}):
-        place.copy_(tensor.late().narrow(0, 12, 5))
+    for _ in range(2):  # torch imports much at its first use
+        place, before = torch.zeros(5, 30, dtype=torch.bfloat16), read_so_far()
+        for _, tensor in read_tensors([spec], {spec: range(10, 20)}, copied={spec}):
+            place.copy_(tensor.late().narrow(0, 12, 5))
+        told = read_so_far() - before
     assert torch.equal(place, tensors["b3.weight"][12:17])
-    assert 0 <= read_so_far() - before - place.nbytes < 250 < place.nbytes
+    assert 0 <= told - place.nbytes < 250 < place.nbytes
 
 
 @pytest.mark.parametrize(
@@ -146,11 +150,12 @@ def test_copying_to_memory_that_is_none_reads_nothing(written: Written):
     """As vLLM's reload does, to learn how much a loader copies."""
     tensors, specs = written
     [spec] = [spec for spec in specs if spec.name == "a2.weight"]
-    before = read_so_far()
-    for _, tensor in read_tensors([spec], copied={spec}):
-        torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").copy_(tensor)
-        del tensor
-    assert read_so_far() - before < 250 < spec.nbytes  # what reading /proc reads
+    for _ in range(2):  # torch imports much at its first use
+        before = read_so_far()
+        for _, tensor in read_tensors([spec], copied={spec}):
+            torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").copy_(tensor)
+        told = read_so_far() - before
+    assert told < 250 < spec.nbytes  # what reading /proc reads
 
 
 def test_what_is_not_copied_by_then_is_read_from_a_file_of_its_own(written: Written):
@@ -247,8 +252,8 @@ def test_cold_tensors_come_the_same(written: Written, may_pass: bool):
         passed += spec in weights_of(specs) and not isinstance(tensor, StoredTensor)
         place = contiguous(tensors[spec.name])
         assert torch.equal(place.copy_(tensor), tensors[spec.name]), spec.name
-    told = reader.report() is not None
-    if may_pass and not told:
+    told = reader.report()
+    if may_pass and (told is None or "refused" in told):
         pytest.skip("this file system has no direct reading, or does not tell what is cached")
     assert passed == (len(weights_of(specs)) if may_pass else 0)
 

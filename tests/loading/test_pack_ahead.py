@@ -156,6 +156,20 @@ def test_an_error_while_packing_ahead_ends_the_start(
         load(serving)
 
 
+def test_an_error_while_a_linear_is_packed_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patient: None
+) -> None:
+    def fail(layer: torch.nn.Module) -> None:
+        raise RuntimeError("no memory for that")
+
+    monkeypatch.setattr(pack_ahead, "_pack_whole", fail)
+    with (
+        serve_mixtral(tmp_path, packs_ahead=True) as serving,
+        pytest.raises(RuntimeError, match="no memory for that"),
+    ):
+        load(serving)
+
+
 def test_an_error_amid_loading_leaves_no_thread_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,14 +184,14 @@ def test_an_error_amid_loading_leaves_no_thread_waiting(
         real(self, *given)
 
     monkeypatch.setattr(Ledger, "_record", fail)
-    before = set(threading.enumerate())
     with (
         serve_mixtral(tmp_path, packs_ahead=True) as serving,
         pytest.raises(RuntimeError, match="out of patience") as kept,
     ):
         load(serving)
     assert kept.tb is not None
-    for thread in set(threading.enumerate()) - before:
+    ours = [each for each in threading.enumerate() if each.name.startswith("mixprec")]
+    for thread in ours:
         thread.join(9)
         assert not thread.is_alive(), thread.name
 

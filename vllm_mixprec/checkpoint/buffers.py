@@ -15,7 +15,7 @@ READ_BYTES = 4 << 20
 
 _HUGE_BYTES = 2 << 20
 _SLACK_BYTES = 64 << 10  # of small pages behind the huge ones: what is read may begin amid a page
-_KEPT_BYTES = 72 << 20  # of free blocks, those of 64 MiB of reads among them, and of one
+_KEPT_BYTES = 72 << 20  # of free blocks: sixteen of 4 MiB and their slack; and of a single one
 
 
 class Buffers:

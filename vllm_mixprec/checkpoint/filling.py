@@ -2,7 +2,7 @@
 """Reads what is in the page cache straight into the memory where it goes."""
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -45,18 +45,17 @@ class _Place:
         found[:, 1] = target.nbytes // pieces
         return found
 
-    @property
-    def pieces(self) -> Iterable[torch.Tensor]:
-        """The same as uint8 tensors."""
+    def pieces(self) -> torch.Tensor:
+        """The same as a uint8 matrix of a piece a row."""
         whole = self.target.view(1, -1) if self.target.is_contiguous() else self.target
-        yield from whole.view(torch.uint8)
+        return whole.view(torch.uint8)
 
     def split(self) -> "Iterator[_Place]":
         """Cut it into parts of one read's size."""
         target, start = self.target, self.start
         if target.is_contiguous():
             target = target.view(-1)
-        for part in target.split(max(READ_BYTES // (target[0].nbytes or 1), 1)):
+        for part in target.split(max(READ_BYTES // target[0].nbytes, 1)):
             yield _Place(part, start, self.spec)
             start += part.nbytes
 
@@ -141,7 +140,7 @@ class Filling:
         else:
             return
         for place in run:  # interrupted, or at the end of the file: this goes on, or says so
-            for number, piece in enumerate(place.pieces):
+            for number, piece in enumerate(place.pieces()):
                 offset = place.start + number * len(piece)
                 read_into(piece, self.file.descriptor, offset, place.spec)
 

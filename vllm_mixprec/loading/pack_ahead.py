@@ -17,15 +17,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from vllm_mixprec.checkpoint.stored import unpin
 from vllm_mixprec.quant.cpu import CpuInPlaceExpertsMethod
-from vllm_mixprec.quant.cpu_linear import CpuFp8ChannelLinearMethod, CpuFp8LinearMethod
+from vllm_mixprec.quant.cpu_linear import CpuFp8LinearMethod
 
-# Methods that only look at their own layer, which vLLM asks for nothing else after loading.
-_WHOLE = (
-    UnquantizedLinearMethod,
-    UnquantizedEmbeddingMethod,
-    CpuFp8LinearMethod,
-    CpuFp8ChannelLinearMethod,
-)
+# Methods that only look at their own layer, and leave it the parameters' names: a model's loader
+# may be going through them meanwhile.
+_WHOLE = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, CpuFp8LinearMethod)
 _TOGETHER_BYTES = 64 << 20  # of experts, so that few turns are taken for Python's lock
 
 
@@ -97,15 +93,18 @@ class PackAhead:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *rest: Any) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=failure is not None)
-        if failure is not None:
-            return
         # What is not begun is vLLM's again, so that oneDNN, whose streams are not made for several
         # threads, never runs in two.
-        for layer, future in self._whole.items():
-            if not future.cancel():
-                future.result()
-                _stand_in(layer.quant_method, lambda layer: None)
+        begun = {layer: future for layer, future in self._whole.items() if not future.cancel()}
+        goes_on = False
+        try:
+            if failure is None:
+                for layer, future in begun.items():
+                    future.result()
+                    _stand_in(layer.quant_method, lambda layer: None)
+                goes_on = True
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=not goes_on)
 
 
 def _pack_whole(layer: Module) -> None:

@@ -40,7 +40,7 @@ class _CpuLinearMethod(LinearMethodBase):
 
     def _finish(self, layer: Module, stored: tuple[str, ...], **packed: torch.Tensor) -> None:
         """Replace the ``stored`` parameters by the kernel's tensors, freeing the former."""
-        for name in stored:
+        for name in set(stored) - packed.keys():
             delattr(layer, name)
         for name, tensor in packed.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
