@@ -108,11 +108,7 @@ class Filling:
         return True
 
     def _read(self, places: list[_Place]) -> None:
-        """Read to several places with as few calls as can be.
-
-        After each this thread waits for Python's lock, which the one that loads gives up only every
-        few milliseconds.
-        """
+        """Read to several places, those that are neighbours in the file by one call."""
         run: list[_Place] = []
         for place in places:
             if run and place.start != run[-1].end:
