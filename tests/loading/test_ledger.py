@@ -314,6 +314,23 @@ def test_part_of_a_fused_linear_loaded_twice_is_an_error(serving: Serving) -> No
         fill(shared, first, second)
 
 
+@pytest.mark.parametrize("again", [0, None])
+def test_part_that_comes_again_is_not_loaded(serving: Serving, again: int | None) -> None:
+    """The layer may be packed by then, so that a loader finds nothing to copy it to."""
+    owner = Layer(serving, is_mixed=True).mlp.shared_experts
+    parameter = owner.gate_up_proj.weight
+    whole, half = parameter.data.clone(), parameter.data.chunk(2)[0].clone()
+    ledger = Ledger(owner)
+    fed = ledger.feed([("first", half), ("second", half if again == 0 else whole)])
+    next(fed)
+    parameter.weight_loader(parameter, half, 0)
+    next(fed)
+    parameter.data = torch.empty(0)
+    with pytest.raises(RouteError, match=r"^second: loaded into .*, which first has filled"):
+        parameter.weight_loader(parameter, *((half, 0) if again == 0 else (whole,)))
+    ledger.release()
+
+
 def test_watch_is_off_after_closing(serving: Serving) -> None:
     layer = Layer(serving, is_mixed=False)
 

@@ -164,14 +164,18 @@ class Ledger:
             return len(module.output_sizes)
         return None
 
-    def _record(self, name: str, key: tuple[Any, ...]) -> None:
-        filled = self._filled.setdefault(name, {})
-        first = filled.setdefault(key, self._current)
-        if first != self._current or (None, None) in filled and key != (None, None):
+    def _require_unfilled(self, name: str, key: tuple[Any, ...]) -> None:
+        """Make sure of it before a weight is copied: the layer may be packed by then."""
+        whole, filled = (None, None), self._filled.get(name, {})
+        overlapping = filled if key == whole else filled.keys() & {whole, key}
+        for first in {filled[each] for each in overlapping} - {self._current}:
             raise RouteError(
                 f"{self._current}: loaded into {name}, which {first} has filled already; expected "
                 "each part once. Check the source for the same module under two names"
             )
+
+    def _record(self, name: str, key: tuple[Any, ...]) -> None:
+        self._filled.setdefault(name, {})[key] = self._current
         if self._current:
             self._taken[self._current] += 1
         touched = name.rpartition(".")[0], key[1]
@@ -187,15 +191,17 @@ class Ledger:
         def watched(
             param: Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any
         ) -> Any:
+            told = dict(zip(arguments, args, strict=False)) | kwargs
+            shard = told.get("shard_id", told.get("loaded_shard_id"))
+            if shard is None:  # a WeightsMapper marks the tensor
+                shard = getattr(loaded_weight, "shard_id", None)
+            experts = [told.get("expert_id")]
+            if loaded_weight.dim() == 3 and parameter.dim() == 3:  # all experts in one tensor
+                experts = list(range(len(parameter)))
+            for expert in experts:
+                self._require_unfilled(name, (shard, expert))
             result = loader(param, loaded_weight, *args, **kwargs)
             if result is not False:
-                told = dict(zip(arguments, args, strict=False)) | kwargs
-                shard = told.get("shard_id", told.get("loaded_shard_id"))
-                if shard is None:  # a WeightsMapper marks the tensor
-                    shard = getattr(loaded_weight, "shard_id", None)
-                experts = [told.get("expert_id")]
-                if loaded_weight.dim() == 3 and parameter.dim() == 3:  # all experts in one tensor
-                    experts = list(range(len(parameter)))
                 for expert in experts:
                     self._record(name, (shard, expert))
             return result
