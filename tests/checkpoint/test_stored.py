@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of which only some rows are read: right whatever is done with them, and no byte more."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -221,3 +222,35 @@ def test_readers_leave_the_one_core_of_a_pinned_worker_but_no_wider_binding(is_p
     script = _READERS_CORES.format(cores=cores, expected=mine)
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert found.stdout == "True\n", found.stderr
+
+
+def test_readers_stay_where_they_are_if_they_may_not_leave(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+
+    def refuse(*given):
+        raise PermissionError("not in this sandbox")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    with stored.start_readers() as pool:
+        assert pool.submit(int, "7").result() == 7
+
+
+def test_buffers_may_come_back_while_one_is_taken():
+    """The collector brings them, whenever it runs; a turn of it for each moment within."""
+    thresholds = gc.get_threshold()
+    try:
+        for allocations in range(1, 40):
+            for before in range(12):
+                buffers = Buffers()
+                held = [buffers.take(READ_BYTES) for _ in range(3)]
+                loops = [[each] for each in held]
+                for loop in loops:
+                    loop.append(loop)
+                del held, loops, loop
+                gc.set_threshold(allocations)
+                junk = [[] for _ in range(before)]
+                buffers.take(READ_BYTES)
+                gc.set_threshold(*thresholds)
+                del junk
+    finally:
+        gc.set_threshold(*thresholds)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import os
 import random
 
@@ -177,3 +178,26 @@ def test_stopping_early_closes_files_and_threads(shards):
     reader = read_tensors(specs)
     next(reader)
     reader.close()
+
+
+def test_tensors_that_share_bytes_have_rows_of_their_own(tmp_path):
+    """As ``.bin`` files may: of the one that begins first less is read, and from further on."""
+    save_file({"whole": torch.arange(400.0).view(40, 10)}, tmp_path / "one.safetensors")
+    [whole] = read_header(tmp_path / "one.safetensors").values()
+    below = whole.rows(range(10, 40))._replace(name="below")
+    rows = {whole: range(20, 40), below: range(5)}
+    found = dict(read_tensors([whole, below], rows))
+    assert torch.equal(found[whole][20:40].clone(), torch.arange(200.0, 400.0).view(20, 10))
+    assert torch.equal(found[below][:5].clone(), torch.arange(100.0, 150.0).view(5, 10))
+
+
+def test_file_that_cannot_be_read_is_named(shards, monkeypatch):
+    _, specs = shards
+
+    def fail(*given):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    match = r"a\.safetensors: cannot be read at byte \d+ \(Input/output error\); expected \d+ bytes"
+    with pytest.raises(CheckpointError, match=match):
+        list(read_tensors(specs))

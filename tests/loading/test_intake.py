@@ -255,9 +255,24 @@ def test_what_comes_twice_is_an_error(
 ) -> None:
     feed = make_feed(serving, tmp_path, 0, store_wk(serving.base, name))
     for twice, tensor in feed.wk.items():
-        for calls in ([(twice, tensor)] * 2,), ([(twice, tensor)], [(twice, tensor)]):
-            with pytest.raises(RouteError, match=rf"^{twice}: came twice before the rest"):
+        again = [(twice, tensor)]
+        for calls, when in ((again * 2,), "in one call"), ((again, again), "before the rest"):
+            with pytest.raises(RouteError, match=rf"^{twice}: came twice {when}"):
                 load_all(target.intake(feed.table), calls)
+
+
+def test_module_that_comes_again_whole_is_a_trainers_next_step(
+    serving: Serving, target: Built, tmp_path: Path
+) -> None:
+    feed = make_feed(serving, tmp_path, 0, store_wk(serving.base, "fp8-128x128"))
+    intake = target.intake(feed.table)
+    for _ in range(2):
+        intake.load_weights(feed.tensors.items())
+    [first, *rest] = feed.wk.items()
+    intake.load_weights([first])
+    with pytest.raises(RouteError, match=rf"^{first[0]}: came twice before the rest"):
+        intake.load_weights([first])
+    assert rest
 
 
 def test_tensor_of_another_form_of_the_module_is_an_error(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from tests.loading.indexers import FORMATS, write_source
@@ -312,6 +313,29 @@ def test_part_of_a_fused_linear_loaded_twice_is_an_error(serving: Serving) -> No
     match = r"^other\.gate_proj: loaded into gate_up_proj\.weight, which mlp\.gate_proj has filled"
     with pytest.raises(RouteError, match=match):
         fill(shared, first, second)
+
+
+def test_several_parts_of_a_fused_linear_in_one_tensor(serving: Serving) -> None:
+    """As Qwen3.5 loads q, k and v of its linear attention, and its gate by itself."""
+    owner = nn.Module()
+    owner.qkvz = MergedColumnParallelLinear(8, [8, 8, 16, 16], bias=False)
+    weight = torch.randn(48, 8)
+    parameter = owner.qkvz.weight
+
+    def load(*parts: tuple[tuple[int, ...] | int, torch.Tensor]) -> Ledger:
+        ledger = Ledger(owner)
+        named = {f"part{number}": part for number, part in enumerate(parts)}
+        for name, _ in ledger.feed((name, tensor) for name, (_, tensor) in named.items()):
+            shard, tensor = named[name]
+            parameter.weight_loader(parameter, tensor, shard)
+        return ledger
+
+    load(((0, 1, 2), weight[:32]), (3, weight[32:])).close()
+    assert torch.equal(parameter.float(), weight.to(parameter.dtype).float())
+    with pytest.raises(RouteError, match=r"weight \(3 of 4 parts\): no source's tensor"):
+        load(((0, 1, 2), weight[:32])).close()
+    with pytest.raises(RouteError, match=r"^part1: loaded into qkvz.weight, which part0 has"):
+        load(((0, 1, 2), weight[:32]), (1, weight[8:16]))
 
 
 @pytest.mark.parametrize("again", [0, None])

@@ -277,3 +277,11 @@ def test_models_of_vllm_are_filled_as_from_whole_tensors(tmp_path: Path) -> None
         assert found["unlike"] == [] and found["parameters"] > 20
         assert found["rows"] > 10 and found["bytes"] < 0.8 * found["whole_bytes"]
     assert ranks[0]["digest"] != ranks[1]["digest"]  # so what is compared tells ranks apart
+
+
+def test_what_is_laid_out_anew_is_read_whole(table: RouteTable) -> None:
+    """All of it is needed at once, however it is cut afterwards."""
+    route = table.routes["model.layers.25.mlp.experts.5.down_proj"]
+    relaid = route._replace(served=table.routes["model.layers.25.mlp.experts.0.down_proj"].served)
+    assert relaid.relaid and rank_rows([route], table, TP_RANK)
+    assert rank_rows([relaid], table, TP_RANK) == {}

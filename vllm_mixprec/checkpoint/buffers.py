@@ -44,8 +44,9 @@ class Buffers:
 
     def _block(self, size: int) -> np.ndarray:
         with self._lock:
-            while sum(map(len, self._free)) > _KEPT_BYTES:  # of sizes that nobody asks for any more
-                self._free.popleft()
+            # A list's: the collector, which may run in here, brings blocks back.
+            while sum(map(len, list(self._free))) > _KEPT_BYTES:
+                self._free.popleft()  # of sizes that nobody asks for any more
             for place in range(len(self._free) - 1, -1, -1):
                 block = self._free[place]
                 if len(block) == size:

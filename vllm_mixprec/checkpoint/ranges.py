@@ -226,7 +226,7 @@ class RangeReader:
         first, last = aligned(start, end)
         lent = self._buffers.take(last - first)
         try:
-            read_into(lent, file.direct, first, spec, end - first)
+            _read(lent, file.direct, first, spec, end - first)
         except OSError as error:
             # A file system that takes the flag and not the reads, or a file that was cut short
             # amid a page: reading through the cache does it, or says what is wrong.
@@ -261,23 +261,26 @@ def bring(descriptor: int, start: int, end: int) -> None:
             os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
 
 
-def read_into(
-    buffer: torch.Tensor,
-    descriptor: int,
-    offset: int,
-    spec: TensorSpec,
-    needed: int | None = None,
-) -> None:
+def read_into(buffer: torch.Tensor, descriptor: int, offset: int, spec: TensorSpec) -> None:
     """Fill a uint8 buffer with the bytes of a file from ``offset`` on, those of ``spec`` last.
 
-    Args:
-        needed: that many of them are enough; None for all.
-
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file ends before, or cannot be read.
     """
+    try:
+        _read(buffer, descriptor, offset, spec, len(buffer))
+    except OSError as error:
+        raise CheckpointError(
+            f"{spec.file}: cannot be read at byte {offset} ({error.strerror or error}); expected "
+            f"{len(buffer)} bytes for {spec.name}. Check the disk, or copy the file again"
+        ) from error
+
+
+def _read(
+    buffer: torch.Tensor, descriptor: int, offset: int, spec: TensorSpec, needed: int
+) -> None:
+    """The same, of which so many bytes are enough; an error of the system stays one."""
     view = memoryview(buffer.numpy())
-    needed = len(view) if needed is None else needed
     done = 0
     while done < needed:
         count = os.preadv(descriptor, [view[done:]], offset + done)

@@ -4,7 +4,7 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ def unpin() -> None:
     thread inherits its core: readers would take turns with the thread that they read for.
     """
     if len(os.sched_getaffinity(0)) == 1:
-        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+        with suppress(OSError):  # a sandbox's, and of cores taken away meanwhile: it is only slower
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 class StoredTensor(torch.Tensor):  # type: ignore[misc]

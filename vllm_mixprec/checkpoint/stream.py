@@ -91,8 +91,9 @@ def read_tensors(
             tensors are.
     """
     rows = rows or {}
-    ordered = sorted(specs, key=lambda spec: (str(spec.file), spec.start))
-    parts = [Part(spec, rows.get(spec), spec in shared, spec in copied) for spec in ordered]
+    parts = [Part(spec, rows.get(spec), spec in shared, spec in copied) for spec in specs]
+    # Tensors may share bytes, of which each has rows of its own to be read.
+    parts.sort(key=lambda part: (str(part.spec.file), part.start))
     with closing(_Stream(reader or RangeReader())) as stream:
         yield from stream.tensors(parts)
 

@@ -82,7 +82,8 @@ class Intake:
             Names of the parameters that the model's own loader filled.
 
         Raises:
-            RouteError: a tensor that the base does not have, or one that came twice.
+            RouteError: a tensor that the base does not have, or one that came twice in this call or
+                before the rest of its module did.
         """
         # A draft's own loader wants a parameter of each layer in every call, and sees no experts.
         with disable_mtp_completeness_check():
@@ -109,6 +110,7 @@ class Intake:
 
     def _assemble(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) as the layers expect them; dequantise or lay out what is not so."""
+        fed: set[str] = set()
         for name, tensor in weights:
             module, _, suffix = name.rpartition(".")
             route = self.held.get(module)
@@ -122,13 +124,18 @@ class Intake:
                     "that the plan routes the module to"
                 )
             came = self._came.setdefault(module, set())
+            if name in fed or suffix in came and came != route.tensors.keys():
+                when = "in one call" if name in fed else "before the rest of its module"
+                raise RouteError(
+                    f"{name}: came twice {when}; expected once. Feed each tensor once, and all of "
+                    "a module before any of it again"
+                )
+            if suffix in came:  # a trainer's next step, which closes nothing
+                came.clear()
+            fed.add(name)
             came.add(suffix)
             if suffix == "g_idx" or (suffix != "bias" and (route.widened or route.relaid)):
                 parts = self._waiting.setdefault(module, {})
-                if suffix in parts:
-                    raise RouteError(
-                        f"{name}: came twice before the rest of its module; expected once"
-                    )
                 parts[suffix] = tensor
                 yield from self._whole(route, parts)
             else:

@@ -195,15 +195,17 @@ class Ledger:
             shard = told.get("shard_id", told.get("loaded_shard_id"))
             if shard is None:  # a WeightsMapper marks the tensor
                 shard = getattr(loaded_weight, "shard_id", None)
+            shards = shard if isinstance(shard, tuple) else (shard,)  # several in one tensor
             experts = [told.get("expert_id")]
             if loaded_weight.dim() == 3 and parameter.dim() == 3:  # all experts in one tensor
                 experts = list(range(len(parameter)))
-            for expert in experts:
-                self._require_unfilled(name, (shard, expert))
+            keys = [(shard, expert) for shard in shards for expert in experts]
+            for key in keys:
+                self._require_unfilled(name, key)
             result = loader(param, loaded_weight, *args, **kwargs)
             if result is not False:
-                for expert in experts:
-                    self._record(name, (shard, expert))
+                for key in keys:
+                    self._record(name, key)
             return result
 
         # vLLM's own parameter classes keep the loader behind a read-only property.

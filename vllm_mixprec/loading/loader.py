@@ -29,12 +29,12 @@ from vllm_mixprec.loading.fresh_pages import made_ahead
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.loading.pack_ahead import PackAhead
-from vllm_mixprec.loading.reload import as_files_are
+from vllm_mixprec.loading.reload import as_sources_are
 from vllm_mixprec.loading.rows import copied_tensors, rank_rows, shared_tensors
 from vllm_mixprec.models import PREPARE
 from vllm_mixprec.patches import apply_patches
-from vllm_mixprec.quant.config import LOAD_FORMAT, MixPrecConfig
-from vllm_mixprec.routing import Route
+from vllm_mixprec.quant.config import LOAD_FORMAT, MixPrecConfig, dtype_of
+from vllm_mixprec.routing import Route, load_route_table
 from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.structure import ModelDims, layer_index
 
@@ -91,6 +91,13 @@ class MixPrecLoader(BaseModelLoader):
         model.load_weights = model.mixprec_intake.load_weights
         model.mixprec_served = model_config.model
         model.mixprec_asked = False
+        model.mixprec_resolve = partial(
+            load_route_table,
+            config.table.plan,
+            config.table.layout,
+            config.table.platform,
+            dtype_of(vllm_config),
+        )
         return model
 
     def load_weights(self, model: Module, model_config: ModelConfig) -> None:
@@ -142,7 +149,7 @@ class MixPrecLoader(BaseModelLoader):
         specs = [spec for route in routes for spec in route.tensors.values()]
         rows, shared, copied = model.mixprec_rows, model.mixprec_shared, model.mixprec_copied
         if model.mixprec_asked:  # a reload, which is to read what the sources hold by now
-            now = as_files_are(specs)
+            now = as_sources_are(routes, model.mixprec_resolve)
             specs = list(now.values())
             rows = {now[spec]: part for spec, part in rows.items()}
             shared, copied = ({now[spec] for spec in some} for some in (shared, copied))

@@ -26,8 +26,8 @@ def rank_rows(
 ) -> dict[TensorSpec, range]:
     """Return the rows, along the first stored dimension, of tensors that are cut along it.
 
-    What is cut along its columns, widened, small or a part of a fused tensor is read whole. This
-    only says what to read ahead; a :class:`StoredTensor` gives other rows as well.
+    What is cut along its columns, widened, laid out anew, small or a part of a fused tensor is read
+    whole. This only says what to read ahead; a :class:`StoredTensor` gives other rows as well.
 
     Reading a rank's columns row by row would save nothing. Of DeepSeek-V3's FP8 experts (down_proj
     7168 x 2048) one of 8 ranks holds 256 bytes a row: every page of 4 KiB has some, so the device
@@ -41,7 +41,7 @@ def rank_rows(
     if layout.expert_ranks == 1:
         return rows
     for route in routes:
-        if route.widened:
+        if route.widened or route.relaid:
             continue
         name = route.module
         is_expert = parse_expert(name) is not None
