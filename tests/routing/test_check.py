@@ -357,6 +357,24 @@ def test_damaged_module_that_is_not_routed_does_not_matter(models: Path) -> None
     assert check_here(make_plan(("**.experts.1", "fp8"), folder=models)).ok
 
 
+@pytest.mark.parametrize("inner", ["v_input.weight", "lora_A.default.weight"])
+def test_module_within_one_that_is_taken_is_an_error(models: Path, inner: str) -> None:
+    """A rotation's or an adapter's, without which the weight is another's."""
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        for layer in (0, 1):
+            name = f"model.layers.{layer}.self_attn.q_proj.{inner}"
+            tensors[name] = ("F32", [4, 4], bytes(64))
+
+    edit_tensors(models / "gptq" / "model.safetensors", add)
+    report = check_here(make_plan(("model.layers.0.self_attn.*_proj", "gptq"), folder=models))
+    finding = only(report, "inner-module")
+    assert finding.level == "error" and not report.ok
+    assert finding.where == f"model.layers.0.self_attn.q_proj.{inner.rpartition('.')[0]}"
+    assert "within model.layers.0.self_attn.q_proj, which the plan takes" in finding.message
+    assert check_here(make_plan(("**.mlp.experts.*", "gptq"), folder=models)).ok
+
+
 def test_extra_bias_is_dropped_with_a_warning(models: Path) -> None:
     def add(tensors: dict[str, Tensor]) -> None:
         for part in "qkv":

@@ -151,7 +151,42 @@ def assign_sources(
     matched = reduce(or_, winners, 0)
     won = reduce(or_, (mask & -mask for mask in winners), 0)
     _report_rules(plan, siblings, matched, won, log)
+    _report_inner(plan, checkpoints, assignments, log)
     return assignments
+
+
+def _report_inner(
+    plan: Plan,
+    checkpoints: Mapping[str, Checkpoint],
+    assignments: Mapping[str, Assignment],
+    log: FindingLog,
+) -> None:
+    """Report modules that a source holds within one that is taken from it, and the base lacks.
+
+    Such as the matrices of a rotation (``q_proj.v_input``) or of an adapter (``q_proj.lora_A``):
+    the weight alone is not what the source computes with.
+    """
+    base = checkpoints[plan.base].modules
+    taken: dict[str, set[str | None]] = {}
+    for each in assignments.values():
+        taken.setdefault(each.source, set()).update((each.module.name, each.module.fused))
+    for source, names in taken.items():
+        for name in checkpoints[source].modules:
+            if name in base:
+                continue
+            parent = name.rpartition(".")[0]
+            outer = next((up for up in (parent, parent.rpartition(".")[0]) if up in names), None)
+            if outer is not None:
+                log.add(
+                    "error",
+                    "inner-module",
+                    name,
+                    f"source {source!r} holds it within {outer}, which the plan takes from there; "
+                    f"base {plan.base!r} has no such module. What it does to the weight (a "
+                    "rotation, an adapter) would be left out: merge it into the weight, or choose "
+                    "another source.",
+                    noun="modules",
+                )
 
 
 def _spoken_name(module: Module) -> str:
