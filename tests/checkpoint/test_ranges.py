@@ -74,7 +74,9 @@ def test_a_cold_range_is_read_past_the_page_cache_whatever_its_place(cold):
     with closing(OpenFile(specs[0].file, specs[0].stamp, may_pass=True)) as opened:
         for start, end in places:
             end = min(end, size)
-            found, is_past = reader.lend(opened, start, end, specs[-1])
+            found, is_past = reader.lend(
+                opened, start, end, specs[-1], reader.is_past(opened, start, end)
+            )
             assert is_past
             assert bytes(found.numpy()) == raw[start:end]
         assert not opened.is_cached(0, size)
@@ -200,7 +202,7 @@ def test_a_file_that_was_cut_short_is_an_error_by_either_way(cold, may_pass):
     with closing(OpenFile(last.file, last.stamp, may_pass=True)) as opened:
         os.truncate(last.file, last.end - 5000)
         with pytest.raises(CheckpointError, match=f"ends at byte {last.end - 5000}, expected"):
-            reader.lend(opened, last.start, last.end, last)
+            reader.lend(opened, last.start, last.end, last, is_past=True)
 
 
 @pytest.mark.parametrize("refuses", ["to open", "to read"])

@@ -142,17 +142,20 @@ class RangeReader:
         return self.may_pass and file.direct is not None and file.is_cached(start, end) is False
 
     def lend(
-        self, file: OpenFile, start: int, end: int, spec: TensorSpec, may_pass: bool = True
+        self, file: OpenFile, start: int, end: int, spec: TensorSpec, is_past: bool
     ) -> tuple[torch.Tensor, bool]:
         """Return the bytes of a range, and whether they were read past the page cache.
 
         They are uint8 on the CPU, in memory that is used again when no view of it lives; the last
         of them belong to ``spec``.
 
+        Args:
+            is_past: as :meth:`is_past` has it.
+
         Raises:
-            CheckpointError: the file ends before.
+            CheckpointError: the file ends before, or cannot be read.
         """
-        if may_pass and self.is_past(file, start, end):
+        if is_past and self.may_pass:
             found = self._read_past(file, start, end, spec)
             if found is not None:
                 return found, True
@@ -163,16 +166,14 @@ class RangeReader:
         read_into(lent, file.descriptor, start, spec)
         return lent, False
 
-    def fill(
-        self, raw: torch.Tensor, file: OpenFile, start: int, spec: TensorSpec, may_pass: bool
-    ) -> None:
+    def fill(self, raw: torch.Tensor, file: OpenFile, start: int, spec: TensorSpec) -> None:
         """Fill uint8 memory of the CPU with the range from ``start`` on.
 
         Raises:
-            CheckpointError: the file ends before.
+            CheckpointError: the file ends before, or cannot be read.
         """
         end = start + len(raw)
-        if may_pass and self.is_past(file, start, end):
+        if self.is_past(file, start, end):
             found = self._read_past(file, start, end, spec)
             if found is not None:
                 raw.numpy()[:] = found.numpy()

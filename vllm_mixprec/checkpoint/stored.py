@@ -173,10 +173,11 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
                 first = self.spec.start + (self.rows.start + place.start) * self._row_bytes
                 if straight:
                     part = target[place.start : place.stop].detach().view(-1).view(torch.uint8)
-                    reader.fill(part, file, first, self.spec, may_pass)
+                    reader.fill(part, file, first, self.spec)
                     return None
                 end = first + len(place) * self._row_bytes
-                raw, _ = reader.lend(file, first, end, self.spec, may_pass)
+                is_past = reader.is_past(file, first, end)
+                raw, _ = reader.lend(file, first, end, self.spec, is_past)
                 return as_dtype(raw, self.dtype).view(len(place), *self.shape[1:])
 
             # Few at a time: what was read waits in memory to be copied.

@@ -118,7 +118,7 @@ class _Stream:
                 opened = OpenFile(spec.file, spec.stamp, self._reader.may_pass)
                 self._files[spec.file] = opened
             # A chunk of a few bytes holds a whole buffer.
-            first, last = aligned(chunk[0].start, _end(chunk))
+            first, last = aligned(chunk[0].start, _last(chunk).end)
             nbytes = min(block_bytes(last - first), _AHEAD_BYTES)
             while self._waiting and self._ahead_bytes + nbytes > _AHEAD_BYTES:
                 yield from self._give()
@@ -134,11 +134,11 @@ class _Stream:
     def _begin(self, chunk: list[Part]) -> Callable[[], _Read]:
         """Have a chunk read, or brought into the page cache; return how to get its tensors."""
         filling = Filling(self._files[chunk[0].spec.file], self._pool)
-        file, start, end = filling.file, chunk[0].start, _end(chunk)
-        may_pass = not any(part.is_shared for part in chunk)
-        may_pass = may_pass and self._reader.is_past(file, start, end)
-        if may_pass or not any(part.is_copied for part in chunk):
-            return self._pool.submit(_read_chunk, filling, chunk, self._reader, may_pass).result
+        file, start, end = filling.file, chunk[0].start, _last(chunk).end
+        is_shared = any(part.is_shared for part in chunk)
+        is_past = not is_shared and self._reader.is_past(file, start, end)
+        if is_past or not any(part.is_copied for part in chunk):
+            return self._pool.submit(_read_chunk, filling, chunk, self._reader, is_past).result
         is_on_its_way = None
         if not file.is_cached(start, end):
             is_on_its_way = self._pool.submit(bring, file.descriptor, start, end)
@@ -204,18 +204,19 @@ def _chunk(parts: list[Part]) -> Iterator[list[Part]]:
         yield chunk
 
 
-def _end(chunk: list[Part]) -> int:
-    return max(part.end for part in chunk)
+def _last(chunk: list[Part]) -> Part:
+    """The part that ends last, whichever begins last."""
+    return max(chunk, key=attrgetter("end"))
 
 
-def _read_chunk(filling: Filling, chunk: list[Part], reader: RangeReader, may_pass: bool) -> _Read:
-    begin, last = chunk[0].start, max(chunk, key=attrgetter("end"))
+def _read_chunk(filling: Filling, chunk: list[Part], reader: RangeReader, is_past: bool) -> _Read:
+    begin, last = chunk[0].start, _last(chunk)
     is_large = last.end - begin > _LARGE_BYTES and last.spec.shape and last.spec.view is None
     if is_large and len(chunk) == 1:  # an empty tensor may begin where it ends
         [part] = chunk
         stored = StoredTensor(part.spec, reader=None if part.is_shared else reader)
         return _Read([(part.spec, stored)], filling, begin, last.end)
-    raw, is_past = reader.lend(filling.file, begin, last.end, last.spec, may_pass)
+    raw, is_past = reader.lend(filling.file, begin, last.end, last.spec, is_past)
     return _Read(_cut(chunk, raw), filling, begin, last.end, is_past)
 
 
@@ -229,10 +230,11 @@ def _leave(
         part.spec: StoredTensor(part.spec, filling=filling) for part in chunk if part.is_copied
     }
     for rest in _chunk([part for part in chunk if not part.is_copied]):
-        raw, _ = reader.lend(filling.file, rest[0].start, _end(rest), rest[-1].spec, may_pass=False)
+        last = _last(rest)
+        raw, _ = reader.lend(filling.file, rest[0].start, last.end, last.spec, is_past=False)
         found |= dict(_cut(rest, raw))
     tensors = [(part.spec, found[part.spec]) for part in chunk]
-    return _Read(tensors, filling, chunk[0].start, _end(chunk))
+    return _Read(tensors, filling, chunk[0].start, _last(chunk).end)
 
 
 def _cut(chunk: list[Part], raw: torch.Tensor) -> list[tuple[TensorSpec, torch.Tensor]]:
