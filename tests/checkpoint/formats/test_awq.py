@@ -67,6 +67,11 @@ def test_weights_are_those_that_auto_round_reads(
         ({"zero_point": False}, Scheme("awq", 4, group_size=128, zero_offset=0)),
         ({"version": "GEMM"}, Scheme("awq", 4, group_size=128, symmetric=False, zero_offset=0)),
         ({"version": None}, Scheme("awq", 4, group_size=128, symmetric=False, zero_offset=0)),
+        ({"format": "gemm"}, Scheme("awq", 4, group_size=128, symmetric=False, zero_offset=0)),
+        (
+            {"quant_method": "awq_marlin"},
+            Scheme("awq", 4, group_size=128, symmetric=False, zero_offset=0),
+        ),
     ],
 )
 def test_scheme_is_read_from_the_config(own: dict[str, Any], scheme: Scheme) -> None:
@@ -121,11 +126,17 @@ def test_order_of_rows_is_left_over() -> None:
     [
         ({"version": "gemv"}, 'quant_method "awq" with version "gemv" is not supported'),
         ({"version": "marlin"}, 'quant_method "awq" with version "marlin" is not supported'),
+        ({"version": None, "format": "gemv"}, '"awq" with format "gemv" is not supported'),
+        (
+            {"version": None, "checkpoint_format": "gemv"},
+            '"awq" with checkpoint_format "gemv" is not supported',
+        ),
+        ({"format": "gemv"}, '"awq" with version "gemm" and format "gemv" is not supported'),
         ({"bits": 8}, "AWQ of 8 bits is not supported"),
     ],
 )
 def test_other_layouts_are_named_and_refused(own: dict[str, Any], match: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"module a.b: {match}"):
+    with pytest.raises(UnsupportedError, match=f"module a.b: .*{match}"):
         recognise("a.b", awq_specs(256, 96, 128), AWQ | own)
 
 

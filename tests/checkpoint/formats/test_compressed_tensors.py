@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils.match import match_targets
 
 from tests.checkpoint.formats.compressed import compress, config_of
@@ -197,6 +198,38 @@ def test_fp8_is_read_as_the_library_reads_it(
     )
     assert (module.scheme.label, module.shape, module.problems) == (label, (256, 384), ())
     assert torch.equal(dequantize(module.scheme, loaded, scale_dtype), expected)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "usual", "own"),
+    [
+        (
+            specs(weight=("F8_E4M3", [96, 256]), weight_scale=("F32", [96, 1])),
+            FP8,
+            {"type": "FLOAT", "strategy": "CHANNEL"},
+        ),
+        (
+            specs(weight=("F8_E4M3", [128, 256]), weight_scale=("F32", [2, 8])),
+            FP8 | {"strategy": "block", "block_structure": [64, 32]},
+            {"strategy": "Block", "block_structure": "64x32"},
+        ),
+        (
+            packed_specs(weight_g_idx=("I32", [256])),
+            INT4 | {"actorder": "group"},
+            {"type": "Int", "strategy": "Group", "actorder": "Group"},
+        ),
+        (packed_specs(), INT4, {"actorder": "WEIGHT"}),
+    ],
+)
+def test_spellings_that_the_library_takes_are_read(
+    tensors: dict[str, TensorSpec], usual: dict[str, Any], own: dict[str, Any]
+) -> None:
+    found = recognise("m", tensors, groups((["Linear"], usual | own)))
+    assert found == recognise("m", tensors, groups((["Linear"], usual)))
+    assert found.problems == ()
+    library, settings = QuantizationArgs(**usual | own), QuantizationArgs(**usual)
+    assert library.block_structure == settings.block_structure
+    assert (library.type, library.strategy) == (settings.type, settings.strategy)
 
 
 def test_last_blocks_may_be_partial(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_block_is_read_from_the_config(
     [
         ([2, 3], "fp8_block 128x128"),
         ([200, 9], "fp8_block 1x32"),
-        ([25, 36], "fp8_block 8x8"),
+        ([200, 18], "fp8_block 1x16"),
         ([200, 1], "fp8_channel"),
         ([200], "fp8_channel"),
         ([], "fp8_tensor"),
@@ -113,11 +113,21 @@ def test_scale_that_does_not_fit_the_configs_block_is_a_problem(
     assert expected in problem
 
 
-@pytest.mark.parametrize("scale", [[3, 2], [7, 3], [6], [2, 0], [K], [K, 1]])
+@pytest.mark.parametrize(
+    "scale", [[3, 2], [7, 3], [6], [2, 0], [K], [K, 1], [25, 36], [25, 3], [200, 36]]
+)
 def test_scale_of_no_shape_that_tells_a_block_is_a_problem(scale: list[int]) -> None:
     tensors = specs(weight=("F8_E4M3", [N, K]), weight_scale=("F32", scale))
     (problem,) = recognise("m", tensors, None).problems
     assert f"{scale}, expected [2, 3]" in problem
+
+
+@pytest.mark.parametrize("columns", [512, 4096])
+def test_scales_of_rows_that_lie_in_one_row_are_a_problem(columns: int) -> None:
+    """They would fit a block of 256 x 2 or x 16."""
+    tensors = specs(weight=("F8_E4M3", [256, columns]), weight_scale=("F32", [1, 256]))
+    (problem,) = recognise("m", tensors, {"quant_method": "fp8"}).problems
+    assert f"[1, 256], expected [2, {columns // 128}]" in problem
 
 
 def test_integer_scales_of_a_channel_are_a_problem() -> None:

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ modules are told from headers and quantization_config, and misfits are named."""
 
+from typing import Any
+
 import pytest
+import torch
 
 from tests.checkpoint.formats.stored import GPTQ, NAME, gptq_specs, specs
 from vllm_mixprec.checkpoint.formats import recognise
+from vllm_mixprec.errors import UnsupportedError
+
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
 
 
 def test_gptq_module_counts_all_its_bytes() -> None:
@@ -53,7 +59,12 @@ def test_act_order_of_a_single_group_is_no_order() -> None:
         ({}, 1),
         ({"checkpoint_format": "gptq"}, 1),
         ({"checkpoint_format": "gptq_v2"}, 0),
-        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, 1),
+        ({"format": "gptq_v2"}, 0),
+        ({"format": "gptq_v2", "checkpoint_format": None}, 0),
+        ({"format": "gptq_v2", "checkpoint_format": "gptq_v2"}, 0),
+        ({"quant_method": "auto-round"}, 1),
+        ({"quant_method": "auto-round", "backend": "gptq:marlin"}, 1),
+        (AUTO_ROUND, 1),
         ({"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}, 0),
     ],
 )
@@ -120,6 +131,44 @@ def test_dynamic_overrides_bits_and_group_size_where_it_matches() -> None:
     assert down.problems == up.problems == other.problems == ()
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"format": "gptq_p"},
+        {"format": "gptq_v2", "checkpoint_format": "gptq"},
+        # What auto-round called packing_format before.
+        {"quant_method": "auto-round", "backend": "auto_round:exllamav2"},
+    ],
+)
+def test_other_or_contradictory_layouts_are_refused(own: dict[str, str]) -> None:
+    with pytest.raises(UnsupportedError, match='quant_method ".*" with .* is not supported'):
+        recognise("m", gptq_specs(256, 96, 128), GPTQ | own)
+
+
+@pytest.mark.parametrize(
+    "dynamic",
+    [
+        {"-:.*down": None, ".*down_proj": {"sym": False}},
+        {"-:.*down": 3, ".*down_proj": {"sym": False}},
+        {".*down": False, ".*down_proj": {"sym": False}},
+        {".*down": {}, ".*down_proj": {"sym": False}},
+        {"+:.*down": {}, ".*down_proj": {"sym": False}},
+        {".*down_proj": {"sym": False}, "-:.*down": None},
+        {"-:.*up": None, ".*down_proj": {"sym": False}},
+        {"-:.*": {}},
+    ],
+)
+def test_first_match_of_dynamic_counts_as_in_vllm(dynamic: dict[str, Any]) -> None:
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+    from vllm.model_executor.layers.quantization.utils.gptq_utils import get_dynamic_override
+
+    module = recognise("a.down_proj", gptq_specs(256, 96, 128), {**GPTQ, "dynamic": dynamic})
+    config = AutoGPTQConfig(4, 128, False, True, False, dynamic, {})
+    # False, an excluded module, has no settings of its own.
+    own = get_dynamic_override(config, "a.down_proj") or {}
+    assert module.scheme.symmetric is own.get("sym", True)
+
+
 def test_dynamic_override_of_symmetry_holds_though_shapes_fit() -> None:
     config = {**GPTQ, "dynamic": {r"+:.*\.down_proj$": {"sym": False}}}
     assert not recognise("a.down_proj", gptq_specs(256, 96, 128), config).scheme.symmetric
@@ -136,3 +185,36 @@ def test_extra_config_overrides_by_regular_expression() -> None:
     config = {**GPTQ, "extra_config": {r".*mlp\.gate.*": {"bits": 8}, "a.b": {"group_size": 64}}}
     assert recognise("x.mlp.gate_proj", gptq_specs(256, 96, 128, 8), config).scheme.bits == 8
     assert recognise("x.mlp.up_proj", gptq_specs(256, 96, 128), config).scheme.bits == 4
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate_proj"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["layers.0.mlp.down_proj"],
+        ["down_proj"],
+        ["own_proj"],
+        ["mlp"],
+        ["layers.0.mlp"],
+        ["*.mtp", "(", "down_proj"],
+        ["*.mtp", "(", r"\.gate_proj$"],
+        ["(?i)MLP.GATE"],
+        ["(?i).*Mlp.*"],
+        ["(?i)(?s)^MODEL.*proj$"],
+        # The name, then the first end of it, then the first expression.
+        ["+.*", "+down_proj", "model.layers.0.mlp.down_proj"],
+        ["+mlp.down_proj", "down_proj"],
+        ["down_proj", "+mlp.down_proj"],
+        ["+.*proj", "down_proj"],
+        ["+gate_.*", ".*"],
+    ],
+)
+def test_keys_of_extra_config_match_as_in_vllm(keys: list[str], name: str) -> None:
+    """A key makes what it matches asymmetric; with a plus before it, it leaves all as it is."""
+    from vllm.model_executor.layers.quantization.inc import INCConfig
+
+    extra = {key.removeprefix("+"): {} if key[0] == "+" else {"sym": False} for key in keys}
+    parsed = {**GPTQ, **AUTO_ROUND, "extra_config": extra}
+    module = recognise(name, gptq_specs(256, 96, 128), parsed)
+    config = INCConfig(4, 128, extra_config=extra)
+    assert module.scheme.symmetric is config.get_layer_config(torch.nn.Linear(1, 1), name)[2]

@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_mixprec.errors import CheckpointError
+from vllm_mixprec.errors import CheckpointError, UnsupportedError
 from vllm_mixprec.expressions import Expression, compile_expression
 
 Settings = Mapping[str, Any]
 
-_PLAIN_NAME = re.compile(r"[\w.-]+")
+# What makes vLLM take a key of auto-round's ``extra_config`` for an expression.
+_SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")
+
+_LEADING_FLAGS = re.compile(r"(?:\(\?[aiLmsux]+\))*")
+_BLOCK = re.compile(r"[0-9]{1,9}x[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,8 @@ class QuantizationConfig:
         overrides: (matches the module's name, settings that replace the global ones), from
             GPTQModel's ``dynamic``, and from the keys of auto-round's ``extra_config`` that are
             no plain names. The first match wins, as in vLLM's ``get_dynamic_override``.
-        exact_overrides: the same by exact module name, from auto-round's ``extra_config``.
+        exact_overrides: the same by a module's name or the end of it, from auto-round's
+            ``extra_config``.
         shapes_tell_overrides: ``overrides`` change bits and group size only, so that a module
             whose shapes fit the global ones has none.
         compressed: compressed-tensors: its groups.
@@ -124,34 +129,35 @@ class QuantizationConfig:
 
         Raises:
             CheckpointError: a field has the wrong type.
+            UnsupportedError: the weights were rotated.
         """
         if raw is None:
             return cls()
         if not isinstance(raw, Mapping):
             raise bad_field("", raw, "an object")
-        method = _field(raw, "quant_method", str)
+        _refuse_rotations(raw)
+        named = _own(raw, "quant_method", str, "").lower()
+        method = _METHODS.get(named, named) or None
         block = _parse_block("weight_block_size", raw.get("weight_block_size"))
         if method == "compressed-tensors":
             return cls(method=method, block=block, compressed=_parse_compressed(raw))
-        layout_key = _LAYOUT_KEYS.get(method)
-        if layout_key is None:
+        if method not in _LAYOUT_KEYS:
             return cls(method=method, block=block)
         data_type = raw.get("data_type", "int")
         if data_type != "int":
             return cls(method=method, block=block, layout=f'data_type "{data_type}"')
-        layout = _field(raw, layout_key, str)
-        packing, zero_offset = _PACKINGS.get((method, layout and layout.lower()), (None, 0))
+        layouts = _parse_layouts(method, raw)
+        packings = {_PACKINGS.get((method, layout.lower())) for layout in layouts.values()}
+        found = packings.pop() if len(packings) == 1 else None  # else they contradict each other
+        packing, zero_offset = found or (None, 0)
         extra = _settings_by_name(raw, "extra_config")
-        overrides = (
-            *_parse_dynamic(_settings_by_name(raw, "dynamic")),
-            *_parse_extra_patterns(extra),
-        )
+        overrides = (*_parse_dynamic(raw.get("dynamic") or {}), *_parse_extra_patterns(extra))
         has_zero_points = _own(raw, "zero_point", bool, method == "awq")
         return cls(
             method=method,
             block=block,
             packing=packing,
-            layout=f'{layout_key} "{layout}"',
+            layout=" and ".join(f'{key} "{layout}"' for key, layout in layouts.items()),
             zero_offset=zero_offset,
             bits=_own(raw, "bits", int, _field(raw, "w_bit", int)),
             group_size=_own(raw, "group_size", int, _field(raw, "q_group_size", int)),
@@ -199,8 +205,8 @@ class QuantizationConfig:
         A mixed export can have thousands of patterns for 90,000 modules. They are searched only
         where shapes contradict the global settings, or a pattern changes what no shape tells.
         """
-        if settings := self.exact_overrides.get(name):
-            return settings
+        if self.exact_overrides and (key := self._exact_key(name)) is not None:
+            return self.exact_overrides[key]
         if not self.overrides:
             return {}
         if (
@@ -215,13 +221,34 @@ class QuantizationConfig:
                 return settings
         return {}
 
+    def _exact_key(self, name: str) -> str | None:
+        """Find the key that is the name, else the first that ends it after a dot, as in vLLM.
 
-# quant_method -> the setting that tells how integers are packed.
-_LAYOUT_KEYS = {"gptq": "checkpoint_format", "auto-round": "packing_format", "awq": "version"}
+        (layers/quantization/inc/config_parser.py, ``_resolve_raw``.)
+        """
+        if name in self.exact_overrides:
+            return name
+        parts = name.split(".")
+        ends = [".".join(parts[first:]) for first in range(1, len(parts))]
+        found = [end for end in ends if end in self.exact_overrides]
+        if len(found) < 2:
+            return found[0] if found else None
+        return next(key for key in self.exact_overrides if key in found)
 
-# (quant_method, that setting) -> packing, what is added to a stored zero point.
+
+# What vLLM calls its own versions of a quant_method, and reads from a config too.
+_METHODS = {"gptq_marlin": "gptq", "awq_marlin": "awq"}
+
+# quant_method -> the settings that tell how integers are packed. GPTQModel's own is ``format``, and
+# it writes the others beside it; AutoGPTQ and AutoAWQ know theirs only.
+_LAYOUT_KEYS = {
+    "gptq": ("checkpoint_format", "format"),
+    "auto-round": ("packing_format",),
+    "awq": ("version", "format", "checkpoint_format"),
+}
+
+# (quant_method, such a setting) -> packing, what is added to a stored zero point.
 _PACKINGS = {
-    ("gptq", None): ("gptq", 1),
     ("gptq", "gptq"): ("gptq", 1),
     ("gptq", "gptq_v2"): ("gptq", 0),
     # auto_round/inference/backend.py: GPTQ_FORMAT and GPTQ_FORMAT_NO_ZP.
@@ -229,20 +256,53 @@ _PACKINGS = {
     ("auto-round", "auto_round:gptqmodel"): ("gptq", 0),
     ("auto-round", "auto_round"): ("gptq", 0),
     ("auto-round", "auto_round:auto_awq"): ("awq", 0),
-    ("awq", None): ("awq", 0),
     ("awq", "gemm"): ("awq", 0),
 }
+
+_DEFAULT_LAYOUTS = {"gptq": "gptq", "auto-round": "auto_round:auto_gptq", "awq": "gemm"}
+
+# Where compressed-tensors, GPTQModel and auto-round say how they rotated weights.
+_ROTATIONS = ("transform_config", "rotation", "rotation_config", "spinquant_config")
 
 
 def bad_field(name: str, found: Any, expected: str) -> CheckpointError:
     """Make the error of a malformed setting; an empty name stands for all of the config."""
+    return CheckpointError(
+        f"{_setting(name, found)}, expected {expected}. Correct the config, or download it again."
+    )
+
+
+def _setting(name: str, found: Any) -> str:
     key = f"quantization_config.{name}" if name else "quantization_config"
     shown = repr(found)
     shown = shown if len(shown) <= 300 else f"{shown[:297]}..."
-    return CheckpointError(
-        f"config.json: {key} is {shown}, expected {expected}. "
-        "Correct the config, or download it again."
-    )
+    return f"config.json: {key} is {shown}"
+
+
+def _refuse_rotations(raw: Settings) -> None:
+    """Refuse weights that were multiplied by a rotation: nothing in their tensors shows it."""
+    for name in _ROTATIONS:
+        found = raw.get(name)
+        if name == "transform_config" and isinstance(found, Mapping):
+            found = found.get("config_groups")  # without any it changes nothing
+        if found:
+            raise UnsupportedError(
+                f"{_setting(name, raw[name])}, expected none: the weights were multiplied by a "
+                "rotation that the model would have to undo while it runs. Choose a source that "
+                "was quantised without."
+            )
+
+
+def _parse_layouts(method: str, raw: Settings) -> dict[str, str]:
+    """Return the settings that tell how integers are packed, the default where there is none."""
+    keys = _LAYOUT_KEYS[method]
+    layouts = {key: _field(raw, key, str) for key in keys}
+    layouts = {key: layout for key, layout in layouts.items() if layout is not None}
+    if method == "auto-round" and not layouts:
+        backend: str = _own(raw, "backend", str, "auto")
+        if backend != "auto" and backend.startswith("auto"):
+            return {"backend": backend}  # where old versions named the packing
+    return layouts or {keys[0]: _DEFAULT_LAYOUTS[method]}
 
 
 def _field(raw: Settings, name: str, kind: type) -> Any:
@@ -294,25 +354,47 @@ def _matches(pattern: Expression, name: str) -> bool:
         ) from error
 
 
-def _parse_dynamic(dynamic: Mapping[str, Settings]) -> tuple[tuple[Expression, Settings], ...]:
+def _parse_dynamic(dynamic: Any) -> list[tuple[Expression, Settings]]:
     """Read GPTQModel's ``dynamic``: "+:REGEX" changes settings; "-:REGEX" excludes modules.
 
-    The exclusions are not needed: that a module is not quantised shows in its tensors.
+    The first that matches counts, also where it changes nothing. That a module is not quantised
+    shows in its tensors, so an exclusion, ``false`` or "-:" with any value, only ends the search.
     """
-    return tuple(
-        (_compile("dynamic", key.removeprefix("+:")), settings)
-        for key, settings in dynamic.items()
-        if settings and not key.startswith("-:")
-    )
+    if not isinstance(dynamic, Mapping):
+        raise bad_field("dynamic", dynamic, "an object of objects")
+    entries: list[tuple[str, Settings]] = []
+    for key, settings in dynamic.items():
+        if key.startswith("-:") or settings is False:
+            settings = {}
+        elif not isinstance(settings, Mapping):
+            raise bad_field("dynamic", dynamic, "an object of objects")
+        entries.append((key[2:] if key.startswith(("+:", "-:")) else key, settings))
+    while entries and not entries[-1][1]:
+        entries.pop()  # what is found there is found without it
+    return [(_compile("dynamic", key), settings) for key, settings in entries]
 
 
 def _parse_extra_patterns(extra: Mapping[str, Settings]) -> list[tuple[Expression, Settings]]:
-    """Read the keys of auto-round's ``extra_config`` that are searched for in a module's name."""
-    return [
-        (_compile("extra_config", f".*(?:{key})"), settings)
-        for key, settings in extra.items()
-        if not _PLAIN_NAME.fullmatch(key)
-    ]
+    """Read the keys of auto-round's ``extra_config`` that are searched for in a module's name.
+
+    One that is no regular expression, such as ``*.mtp``, is skipped, since auto-round
+    (inference/utils.py, ``_expand_regex_config``) and vLLM skip it too. Nothing says so: a note has
+    no way out of here, and settings that shapes contradict are a problem of the module.
+    """
+    patterns = []
+    for key, settings in extra.items():
+        if not _SPECIAL.search(key):
+            continue
+        try:
+            re.compile(key)
+        except re.error:
+            continue
+        except (OverflowError, RecursionError):
+            pass  # the guarded compiler says so
+        rest = _LEADING_FLAGS.sub("", key, count=1)
+        searched = f"{key.removesuffix(rest)}.*(?:{rest})"
+        patterns.append((_compile("extra_config", searched), settings))
+    return patterns
 
 
 def _parse_compressed(raw: Settings) -> CompressedTensors:
@@ -347,7 +429,8 @@ def _parse_weights(where: str, raw: Any) -> WeightArgs:
     group_size = raw.get("group_size")
     if group_size is not None and type(group_size) is not int:
         raise bad_field(f"{where}.group_size", group_size, "of type int")
-    strategy = raw.get("strategy")
+    # The library takes enums in any case, and a block as "128x128" too.
+    strategy = _lower(raw.get("strategy"))
     if strategy is None:  # what QuantizationArgs infers
         strategy = "tensor" if group_size is None else "group" if group_size > 0 else "channel"
     if strategy == "group" and (group_size is None or group_size <= 0):
@@ -355,18 +438,25 @@ def _parse_weights(where: str, raw: Any) -> WeightArgs:
     bits = raw.get("num_bits", 8)
     if type(bits) is not int:
         raise bad_field(f"{where}.num_bits", bits, "of type int")
-    block = _parse_block(f"{where}.block_structure", raw.get("block_structure"))
+    structure = raw.get("block_structure")
+    if isinstance(structure, str) and _BLOCK.fullmatch(structure):
+        structure = [int(size) for size in structure.split("x")]
+    block = _parse_block(f"{where}.block_structure", structure)
     if strategy == "block" and block is None:
         raise bad_field(f"{where}.block_structure", block, "two positive integers")
     return WeightArgs(
-        kind=str(raw.get("type", "int")),
+        kind=str(_lower(raw.get("type", "int"))),
         bits=bits,
         strategy=str(strategy),
         group_size=group_size if strategy == "group" else None,
         block=block if strategy == "block" else None,
         symmetric=raw.get("symmetric", True) is not False,
-        has_order=raw.get("actorder") in (True, "group", "dynamic"),
+        has_order=_lower(raw.get("actorder")) in (True, "group", "dynamic"),
     )
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _strings(where: str, value: Any) -> list[str]:

@@ -127,7 +127,11 @@ def _scheme(
 def _tell_granularity(
     shape: tuple[int, ...], scale_shape: tuple[int, ...] | None, packed: bool
 ) -> Granularity:
-    """Tell from shapes what shares a scale; the default block where they do not tell."""
+    """Tell from shapes what shares a scale; the default block where they do not tell.
+
+    A block is guessed only of a size that tools make: one row or 16n, and 16n columns. Scales of
+    (1, N) are none: they may as well be one a row.
+    """
     n, k = shape
     if scale_shape is None:
         return DEFAULT_BLOCK
@@ -141,8 +145,11 @@ def _tell_granularity(
         return "tensor"
     if len(scale_shape) == 2 and 0 not in scale_shape:
         rows, columns = scale_shape
-        if n % rows == 0 and k % columns == 0:
-            return n // rows, k // columns
+        block = n // rows, k // columns
+        is_whole = n % rows == 0 and k % columns == 0
+        is_usual = (block[0] == 1 or block[0] % 16 == 0) and block[1] % 16 == 0
+        if is_whole and is_usual and scale_shape != (1, n):
+            return block
     return DEFAULT_BLOCK
 
 
