@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose next-token predictors draft: the mixed model's own, and no others."""
+"""Whose next-token predictors draft, the mixed model's own and no others; how layers are named."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,11 @@ from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.loading.serving import GLM, make_plan, needs_cpu, write_base
-from vllm_mixprec import compose
-from vllm_mixprec.errors import UnsupportedError
-from vllm_mixprec.quant.config import is_own_draft, layout_of
+from tests.routing.models import ARCHITECTURES
+from vllm_mixprec import Plan, compose
+from vllm_mixprec.errors import RouteError, UnsupportedError
+from vllm_mixprec.quant.config import MixPrecConfig, is_own_draft, layout_of
+from vllm_mixprec.routing import Platform, load_route_table
 
 pytestmark = needs_cpu
 
@@ -63,3 +65,28 @@ def test_unmixed_model_may_draft_with_another_checkpoint(mixed: Path) -> None:
     base = mixed.parent / "base"
     config = arguments(base, MTP | {"model": str(GLM)}).create_engine_config()
     assert config.speculative_config.draft_model_config.model == str(GLM)
+
+
+def test_parts_that_only_vllm_fuses_are_refused_with_a_rule() -> None:
+    """Such as a family's that no table of routing has: ``check`` cannot widen them."""
+    base = ARCHITECTURES / "olmoe"
+    parent = "model.layers.0.self_attn"
+    plan = Plan.from_dict(
+        {
+            "version": 1,
+            "base": "bf16",
+            "sources": {name: {"path": str(base / name)} for name in ("bf16", "fp8")},
+            "rules": [{"match": f"{parent}.o_proj", "source": "fp8"}],
+        }
+    )
+    config = MixPrecConfig()
+    config._table = load_route_table(plan, platform=Platform("cpu-avx512"))
+    config.packed_modules_mapping = {"qo_proj": ["q_proj", "o_proj"]}
+    match = (
+        rf"^{parent}\.qo_proj: vLLM fuses {parent}\.o_proj \(fp8_block 128x128\), {parent}\.q_proj "
+        r"\(bf16\) into one layer that routing does not know, so options\.mixed_fused has no "
+        r"effect; expected one format\. Route them to one source, by a first rule such as "
+        rf'\{{match: "{parent}\.\{{o_proj,q_proj\}}", source: \.\.\.\}}$'
+    )
+    with pytest.raises(RouteError, match=match):
+        config._scheme(f"{parent}.qo_proj")

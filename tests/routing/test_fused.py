@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.routing.headers import TINY_GLM, glm_header, write_checkpoint
+from tests.routing.headers import TINY_GLM, Header, glm_header, write_checkpoint
 from tests.routing.models import CPU, make_plan, only
 from vllm_mixprec.routing import Report, check
 from vllm_mixprec.routing.fused import Unit, group_units, parse_expert, unquantized_reason
@@ -47,6 +47,47 @@ def test_shared_expert_is_a_fused_layer_and_no_routed_expert() -> None:
 def test_same_leaf_under_other_parents_is_not_fused() -> None:
     units = group_units(["model.layers.0.a.q_proj", "model.layers.0.b.k_proj"])
     assert [unit.name for unit in units] == ["model.layers.0.a.q_proj", "model.layers.0.b.k_proj"]
+
+
+@pytest.mark.parametrize("parts", ["in_proj_qkv,in_proj_z", "in_proj_b,in_proj_a"])
+def test_linear_attention_of_qwen3_5_is_two_fused_layers(parts: str) -> None:
+    parent = "model.language_model.layers.0.linear_attn"
+    names = [f"{parent}.{leaf}" for leaf in parts.split(",")]
+    assert [unit.name for unit in group_units(reversed(names))] == [f"{parent}.{{{parts}}}"]
+
+
+def test_w1_and_w3_are_fused_outside_of_an_expert_too() -> None:
+    parent = "model.layers.0.feed_forward"
+    first, second = group_units([f"{parent}.w{n}" for n in (1, 2, 3)])
+    assert first == Unit(f"{parent}.{{w1,w3}}", "linear", (f"{parent}.w1", f"{parent}.w3"))
+    assert second.modules == (f"{parent}.w2",)
+
+
+def test_siblings_that_one_family_fuses_are_told_by_its_model_type() -> None:
+    names = [f"model.layers.0.attention.{part}_proj" for part in "qkvb"]
+    assert len(group_units(names)) == 2
+    assert [unit.modules for unit in group_units(names, "bailing_hybrid")] == [tuple(names)]
+
+
+def test_mix_of_a_layer_that_one_family_fuses_is_widened(tmp_path: Path) -> None:
+    config = TINY_GLM | {"model_type": "bailing_hybrid", "num_hidden_layers": 1}
+    config |= {"num_nextn_predict_layers": 0}
+    parent = "model.layers.0.attention"
+    for source in ("bf16", "fp8"):
+        header: Header = {"model.norm.weight": ("BF16", (256,))}
+        for part in "qkvb":
+            header[f"{parent}.{part}_proj.weight"] = ("BF16", (256, 256))
+            if source == "fp8" and part == "b":
+                header[f"{parent}.b_proj.weight"] = ("F8_E4M3", (256, 256))
+                header[f"{parent}.b_proj.weight_scale_inv"] = ("F32", (2, 2))
+        write_checkpoint(tmp_path / source, config, header)
+    rule = ("**.b_proj", "fp8")
+    plan = make_plan(rule, folder=tmp_path, sources=("bf16", "fp8"))
+    finding = only(check(plan, platform=CPU), "fused-mixed")
+    assert (finding.level, finding.where) == (
+        "warning",
+        f"{parent}.{{q_proj,k_proj,v_proj,b_proj}}",
+    )
 
 
 @pytest.mark.parametrize(

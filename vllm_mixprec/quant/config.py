@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantization config that vLLM finds under ``quant_method: mixprec``."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ _FUSED_PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "w13": ("w1", "w3"),
 }
 
 METHOD = "mixprec"
@@ -239,13 +243,15 @@ class MixPrecConfig(QuantizationConfig):
         # Phi3's own mapping names the fused layer, as its checkpoints do: the table has its parts.
         parts = {leaf, *self.packed_modules_mapping.get(leaf, ()), *_FUSED_PARTS.get(leaf, ())}
         names = [f"{parent}.{part}" if parent else part for part in sorted(parts)]
-        routes = [self.table.routes.get(self.base_names.get(name, "")) for name in names]
-        schemes = {route.served for route in routes if route is not None}
+        found = [self.table.routes.get(self.base_names.get(name, "")) for name in names]
+        routes = [route for route in found if route is not None]
+        schemes = {route.served for route in routes}
         if len(schemes) > 1:
+            served = ", ".join(f"{route.module} ({route.served.label})" for route in routes)
             raise RouteError(
-                f"{prefix}: its parts are served as {', '.join(sorted(s.label for s in schemes))}; "
-                "vLLM fuses them into one layer that routing does not know. Route "
-                f"{', '.join(names)} to one source"
+                f"{prefix}: vLLM fuses {served} into one layer that routing does not know, so "
+                "options.mixed_fused has no effect; expected one format. Route them to one source, "
+                f"by a first rule such as {_one_rule([route.module for route in routes])}"
             )
         # No tensor at all: the loader reports every parameter that nothing filled, with its name.
         return schemes.pop() if schemes else self.table.base_scheme
@@ -259,3 +265,10 @@ class MixPrecConfig(QuantizationConfig):
                 expert = parse_expert(module)  # its projection may have another name there
                 return expert.layer if expert else module[: len(prefix) - len(name)]
         return prefix
+
+
+def _one_rule(modules: list[str]) -> str:
+    """Spell a rule of a plan that matches these modules and no others, but for its source."""
+    parent = os.path.commonprefix(modules).rpartition(".")[0]
+    parts = ",".join(module[len(parent) :].removeprefix(".") for module in modules)
+    return f'{{match: "{parent}.{{{parts}}}", source: ...}}'

@@ -48,6 +48,7 @@ class CpuExpertsMethod(FusedMoEMethodBase):
     def __init__(self, scheme: Scheme, layer: "RoutedExperts") -> None:
         super().__init__(layer.moe_config)
         self.scheme = scheme
+        # The last guard: routing widens, or refuses, what config.json and tensors tell of.
         if self.moe.has_bias or not is_plain_silu(layer):
             raise UnsupportedError(
                 f"{layer.layer_name}: experts with activation {layer.activation.value!r}"

@@ -15,7 +15,21 @@ FUSED_LAYERS: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("wk", "weights_proj"),
+    # qwen3_5.py: in_proj_qkvz and in_proj_ba of the linear attention. Qwen3-Next stores them fused.
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    # lfm2_moe.py w13, internlm2.py gate_up_proj. An expert's are told by their parent.
+    ("w1", "w3"),
 )
+
+# Model types of which vLLM 0.32 stacks siblings that it builds apart in other families. A group may
+# hold more than some layer of the family has: only siblings that are there count.
+FUSED_BY_MODEL_TYPE: dict[str, tuple[tuple[str, ...], ...]] = {
+    "bailing_hybrid": (("q_proj", "k_proj", "v_proj", "b_proj"),),  # bailing_moe_v3.py qkvb_proj
+    "olmo_hybrid": (("q_proj", "k_proj", "v_proj", "g_proj"),),  # olmo_hybrid.py in_proj_qkvg
+    # vllm/models/minimax_m3 qkv_proj.
+    "minimax_m3_text": (("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),),
+}
 
 # Projections of one routed expert in stacking order: w13 is gate and up, w2 is down.
 EXPERT_PROJECTIONS: tuple[str, ...] = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
@@ -43,6 +57,10 @@ UNQUANTIZED_LAYERS: dict[str, str] = {
 _UNQUANTIZED_LEAVES = frozenset(name.rpartition(".")[2] for name in UNQUANTIZED_LAYERS)
 _PROJECTION_ORDER = {name: order for order, name in enumerate(EXPERT_PROJECTIONS)}
 _FUSED_BY_PART = {part: parts for parts in FUSED_LAYERS for part in parts}
+_FUSED_BY_TYPE = {
+    model_type: _FUSED_BY_PART | {part: parts for parts in layers for part in parts}
+    for model_type, layers in FUSED_BY_MODEL_TYPE.items()
+}
 
 
 class ExpertName(NamedTuple):
@@ -109,8 +127,12 @@ def parse_experts(modules: Iterable[str]) -> Iterator[tuple[str, int, str] | Non
             yield None
 
 
-def group_units(modules: Iterable[str]) -> tuple[Unit, ...]:
-    """Gather modules into the units that vLLM runs as one, in the order of their first module."""
+def group_units(modules: Iterable[str], model_type: str | None = None) -> tuple[Unit, ...]:
+    """Gather modules into the units that vLLM runs as one, in the order of their first module.
+
+    ``model_type`` is the language model's, of config.json.
+    """
+    fused_by_part = _FUSED_BY_TYPE.get(model_type or "", _FUSED_BY_PART)
     members: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}  # leaf -> module
     last, is_expert = None, False
     expert: dict[str, str] | None = None
@@ -123,7 +145,7 @@ def group_units(modules: Iterable[str]) -> tuple[Unit, ...]:
                 expert = members.setdefault((parent, EXPERT_PROJECTIONS), {})
             expert[leaf] = module
             continue
-        parts = _FUSED_BY_PART.get(leaf)
+        parts = fused_by_part.get(leaf)
         key = (module, ()) if parts is None else (parent, parts)
         members.setdefault(key, {})[leaf] = module
     return tuple(_make_unit(parent, parts, found) for (parent, parts), found in members.items())

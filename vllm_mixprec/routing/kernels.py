@@ -16,6 +16,7 @@ from pathlib import Path
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.routing.fused import Kind
+from vllm_mixprec.routing.structure import PLAIN_EXPERT, ExpertArithmetic
 
 PLATFORM_VARIABLE = "VLLM_MIXPREC_PLATFORM"
 
@@ -57,13 +58,15 @@ class Kernel:
     """One packed kernel family and the shapes that it takes.
 
     ``one_group_size``: an expert's projections must have groups of one size, also where each group
-    spans all of its projection's K.
+    spans all of its projection's K. ``plain_experts``: of experts it computes silu(gate) * up, and
+    nothing else.
     """
 
     name: str
     linear: ShapeRule
     experts: ShapeRule
     one_group_size: bool = False
+    plain_experts: bool = False
 
 
 def _cpu_fp8_block(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
@@ -178,14 +181,26 @@ def _marlin_tiles(n: int, k: int) -> str | None:
 # Activation dtypes that the packed kernels of a platform family compute in.
 ACTIVATIONS = {"cpu-avx512": frozenset({"bf16"}), "cuda": frozenset({"bf16", "fp16"})}
 
+# What vLLM 0.32's unquantised experts compute on a CPU (fused_moe/experts/cpu_moe.py); swigluoai is
+# left out, which takes gate and up in turns.
+_CPU_ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh"})
+
 # (platform family, format) -> kernel. A pair that is absent has no packed kernel.
 KERNELS: dict[tuple[str, str], Kernel] = {
-    ("cpu-avx512", "fp8_block"): Kernel("fp8_scaled_mm_cpu", _cpu_fp8_block, _cpu_fp8_block),
-    ("cpu-avx512", "fp8_channel"): Kernel("fp8_scaled_mm_cpu", _cpu_fp8_channel, _cpu_fp8_channel),
+    ("cpu-avx512", "fp8_block"): Kernel(
+        "fp8_scaled_mm_cpu", _cpu_fp8_block, _cpu_fp8_block, plain_experts=True
+    ),
+    ("cpu-avx512", "fp8_channel"): Kernel(
+        "fp8_scaled_mm_cpu", _cpu_fp8_channel, _cpu_fp8_channel, plain_experts=True
+    ),
     # With groups of unlike sizes in w13 and w2 fused_experts_cpu is off by 0.2, without an error
     # (measured with vLLM 0.32, tests/quant/test_formats.py).
-    ("cpu-avx512", "gptq"): Kernel("int4_scaled_mm_cpu", _cpu_int4, _cpu_int4, one_group_size=True),
-    ("cpu-avx512", "awq"): Kernel("int4_scaled_mm_cpu", _cpu_int4, _cpu_int4, one_group_size=True),
+    ("cpu-avx512", "gptq"): Kernel(
+        "int4_scaled_mm_cpu", _cpu_int4, _cpu_int4, one_group_size=True, plain_experts=True
+    ),
+    ("cpu-avx512", "awq"): Kernel(
+        "int4_scaled_mm_cpu", _cpu_int4, _cpu_int4, one_group_size=True, plain_experts=True
+    ),
     ("cuda", "fp8_block"): Kernel("fp8 block", _cuda_fp8_block, _cuda_fp8_block),
     ("cuda", "fp8_channel"): Kernel("fp8 channel", _cuda_fp8_channel, _cuda_fp8_channel),
     ("cuda", "gptq"): Kernel("gptq_marlin", _cuda_gptq, _cuda_gptq),
@@ -199,12 +214,14 @@ def missing_kernel(
     kind: Kind,
     shape_per_rank: tuple[int, int],
     activation: str = "bf16",
+    arithmetic: ExpertArithmetic = PLAIN_EXPERT,
 ) -> str | None:
     """Return why no packed kernel serves a weight here, or None when one does.
 
     Args:
         shape_per_rank: (N, K) of the logical weight that one tensor-parallel rank holds.
         activation: format that the model computes in.
+        arithmetic: what an expert computes.
     """
     if not scheme.is_quantized:
         return None
@@ -218,10 +235,34 @@ def missing_kernel(
         return f"no {scheme.format} kernel on {platform.name} computes in {activation}"
     rule = kernel.experts if kind == "experts" else kernel.linear
     why = rule(platform, scheme, *shape_per_rank)
+    if kind == "experts" and kernel.plain_experts and not arithmetic.is_plain:
+        why = f"its experts compute plain silu, not {arithmetic}"
     if why is None:
         return None
     noun = "expert" if kind == "experts" else "linear"
     return f"no {noun} kernel on {platform.name} for {scheme.label}: {kernel.name}: {why}"
+
+
+def unserved_experts(
+    platform: Platform, arithmetic: ExpertArithmetic, is_split: bool
+) -> tuple[str, str] | None:
+    """Return why experts cannot be served unquantised either, and the remedy; None when they can.
+
+    Only vLLM's own kernel for CPUs is known to lack any that no kernel here serves packed.
+
+    Args:
+        is_split: each rank holds some experts only (expert parallelism).
+    """
+    if not platform.family.startswith("cpu") or arithmetic.is_plain:
+        return None
+    what = f"experts compute {arithmetic}; vLLM's own kernel for unquantised experts on a CPU"
+    if arithmetic.activation not in _CPU_ACTIVATIONS:
+        return f"{what} has no such activation", "Serve this model on a GPU."
+    if arithmetic.limit:
+        return f"{what} leaves the clamp out", "Serve this model on a GPU."
+    if is_split:
+        return f"{what} takes other ranks' experts for its own", "Leave expert parallelism out."
+    return None
 
 
 def detect_platform() -> Platform:

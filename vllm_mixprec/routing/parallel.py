@@ -36,7 +36,9 @@ PP_PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
 
 # Leaf names whose rows (N) are cut, and whose columns (K) are; every other module is replicated.
 COLUMN_PARALLEL = frozenset(
-    "q_proj k_proj v_proj gate_proj up_proj w1 w3 q_b_proj kv_b_proj lm_head embed_tokens".split()
+    "q_proj k_proj v_proj gate_proj up_proj w1 w3 q_b_proj kv_b_proj lm_head embed_tokens "
+    "in_proj_qkv in_proj_z in_proj_qkvz in_proj_b in_proj_a in_proj_ba b_proj g_proj "
+    "qkv_proj gate_up_proj".split()
 )
 ROW_PARALLEL = frozenset("o_proj down_proj w2 out_proj".split())
 
@@ -79,6 +81,8 @@ def shard_weight(
         return _uncut(whole, f"{dims.num_heads} attention heads", tp_size)
     if leaf in _BY_KV_HEADS and dims.num_kv_heads:
         return _cut_kv_heads(whole, dims.num_kv_heads, tp_size)
+    if leaf == "qkv_proj" and dims.num_kv_heads and dims.num_kv_heads % tp_size:
+        return whole  # its heads are copied, and its rows are not those of config.json's heads
     if leaf in COLUMN_PARALLEL:
         if rows % tp_size:
             return _uncut(whole, f"{rows} rows", tp_size)

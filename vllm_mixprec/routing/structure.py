@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_mixprec.errors import CheckpointError
 
@@ -18,6 +18,14 @@ DEEPSEEK_MODEL_TYPES = frozenset("deepseek_v2 deepseek_v3 deepseek_v32 kimi_k2 g
 
 CONFIG_REMEDY = "Correct config.json, or download the checkpoint again."
 _LARGEST = 1_000_000  # no count of layers, experts or heads comes near
+
+# Where a config says what its experts' gate is put through, the family's own key first, and of what
+# magnitude the outcome may be, for all layers or for each (nemotron_h.py, gemma4.py; deepseek_v4,
+# exaone_moe.py, step3p5.py, bailing_moe_v3.py).
+_ACTIVATION_KEYS = ("mlp_hidden_act", "hidden_activation", "hidden_act")
+_LIMIT_KEYS = ("swiglu_limit", "swiglu_limits", "expert_swiglu_limit_list")
+# transformers' names (activations.py, ACT2FN) -> vLLM's (fused_moe/activation.py MoEActivation).
+_ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -32,6 +40,32 @@ _INDEXER = re.compile(r"(.*\.indexer)(?:\.|$)")
 _SHARED_WITH_DRAFT = ("embed_tokens", "shared_head.head")
 # Modules that old conversions store and every model computes (vLLM AutoWeightsLoader).
 _COMPUTED = ("rotary_emb", "rotary_pos_emb")
+
+
+class ExpertArithmetic(NamedTuple):
+    """What a routed expert computes, ``down(activation(gate) * up)`` and what else.
+
+    ``activation`` is as vLLM's ``MoEActivation`` names it; ``limit`` clamps, 0 does not;
+    ``weighs_inputs`` is vLLM's ``apply_router_weight_on_input``.
+    """
+
+    activation: str = "silu"
+    limit: float = 0.0
+    weighs_inputs: bool = False
+    has_biases: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is ``down(silu(gate) * up)`` and no more."""
+        return self == PLAIN_EXPERT
+
+    def __str__(self) -> str:
+        clamped = f" clamped at {self.limit:g}" if self.limit else ""
+        weighed = " of weighed inputs" if self.weighs_inputs else ""
+        return f"{self.activation}{clamped}{weighed}{' with biases' if self.has_biases else ''}"
+
+
+PLAIN_EXPERT = ExpertArithmetic()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +87,9 @@ class ModelDims:
         index_topk, num_index_heads, index_head_dim: of DeepSeek sparse attention (DSA).
         indexer_layers: layers for which vLLM builds an indexer, empty without DSA; None in
             families other than ``DEEPSEEK_MODEL_TYPES``.
+        model_type: of the language model.
+        experts: what routed experts compute, less their biases, which a config does not say, and
+            less ``expert_limits``, by layer where each has its own.
     """
 
     num_layers: int | None
@@ -69,6 +106,9 @@ class ModelDims:
     num_index_heads: int | None = None
     index_head_dim: int | None = None
     indexer_layers: frozenset[int] | None = None
+    model_type: str | None = None
+    experts: ExpertArithmetic = PLAIN_EXPERT
+    expert_limits: tuple[float, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelDims:
@@ -93,7 +133,17 @@ class ModelDims:
             num_index_heads=_integer(text, "index_n_heads"),
             index_head_dim=_integer(text, "index_head_dim"),
             indexer_layers=_indexer_layers(text, num_layers, num_mtp_layers),
+            model_type=_string(text, "model_type"),
+            experts=_expert_arithmetic(text),
+            expert_limits=_limits_by_layer(text),
         )
+
+    def expert_arithmetic(self, module: str) -> ExpertArithmetic:
+        """Return what the routed experts of a module's layer compute, less their biases."""
+        index = layer_index(module) if self.expert_limits else None
+        if index is None or index >= len(self.expert_limits):
+            return self.experts
+        return self.experts._replace(limit=self.expert_limits[index])
 
     def is_mtp_layer(self, index: int) -> bool:
         """Whether a layer is one of multi-token prediction."""
@@ -179,6 +229,31 @@ def _integer(text: Mapping[str, Any], *keys: str) -> int | None:
                 )
             return value
     return None
+
+
+def _string(text: Mapping[str, Any], *keys: str) -> str | None:
+    return next((text[key] for key in keys if isinstance(text.get(key), str)), None)
+
+
+def _expert_arithmetic(text: Mapping[str, Any]) -> ExpertArithmetic:
+    activation = _string(text, *_ACTIVATION_KEYS) or "silu"
+    # llama4.py passes True; laguna.py what its config says.
+    is_llama4 = text.get("model_type") in ("llama4", "llama4_text")
+    return ExpertArithmetic(
+        _ACTIVATIONS.get(activation, activation),
+        max(map(_limit, map(text.get, _LIMIT_KEYS))),
+        is_llama4 or text.get("moe_apply_router_weight_on_input") is True,
+    )
+
+
+def _limits_by_layer(text: Mapping[str, Any]) -> tuple[float, ...]:
+    lists = (text[key] for key in _LIMIT_KEYS if isinstance(text.get(key), list))
+    return tuple(map(_limit, next(lists, ())))
+
+
+def _limit(value: object) -> float:
+    """Return a clamp as a number; 0 for none, which is spelled null, 0 or left out."""
+    return float(value) if isinstance(value, (int, float)) and value > 0 else 0.0
 
 
 def _moe_layers(

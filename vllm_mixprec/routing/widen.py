@@ -14,10 +14,10 @@ from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.assign import Assignment
 from vllm_mixprec.routing.findings import FindingLog
 from vllm_mixprec.routing.fused import Kind, Unit, group_units, leaf_name, unquantized_reason
-from vllm_mixprec.routing.kernels import KERNELS, Platform, missing_kernel
+from vllm_mixprec.routing.kernels import KERNELS, Platform, missing_kernel, unserved_experts
 from vllm_mixprec.routing.parallel import Shard, shard_weight
 from vllm_mixprec.routing.route import Layout, Route
-from vllm_mixprec.routing.structure import ModelDims
+from vllm_mixprec.routing.structure import PLAIN_EXPERT, ExpertArithmetic, ModelDims
 
 PER_CHANNEL = -1  # group_size of experts whose projections have one group each, of unlike K
 
@@ -31,22 +31,29 @@ class _Part(NamedTuple):
     """What a decision about one module of a unit depends on, and nothing else.
 
     ``scheme`` is how it is stored, or a layout in which it could be served. ``unquantized`` is why
-    vLLM holds it in plain weights only, None where it does not.
+    vLLM holds it in plain weights only, None where it does not. ``arithmetic`` is of its expert, if
+    it is part of one.
     """
 
     leaf: str
     shape: tuple[int, ...]
     scheme: Scheme
     unquantized: str | None
+    arithmetic: ExpertArithmetic = PLAIN_EXPERT
 
 
 @dataclass(frozen=True, slots=True)
 class _Widening:
-    """Why a unit is served in the base's dtype; ``refused_by`` is the option that forbids it."""
+    """Why a unit is served in the base's dtype.
+
+    ``refused_by`` is the option that forbids it; ``remedy`` is given where it cannot be served so
+    either.
+    """
 
     code: str
     reason: str
     refused_by: str | None
+    remedy: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +89,14 @@ class Widener:
         self._platform = platform
         self._log = log
         self._decisions: dict[tuple[Kind, tuple[_Part, ...]], _Decision] = {}
-        self._experts: dict[tuple[tuple[str, int], ...], tuple[_Decision, bool]] = {}
+        self._experts: dict[
+            tuple[ExpertArithmetic, tuple[tuple[str, int], ...]], tuple[_Decision, bool]
+        ] = {}
 
     def route(self, assignments: Mapping[str, Assignment]) -> dict[str, Route]:
         """Return a route for every assignment, in the same order."""
         routes: dict[str, Route] = dict.fromkeys(assignments, _NO_ROUTE)  # for their order
-        for unit in group_units(assignments):
+        for unit in group_units(assignments, self._dims.model_type):
             assigned = [assignments[module] for module in unit.modules]
             decision, is_cast = self._decide_once(unit, assigned)
             widening = decision.widening
@@ -116,9 +125,17 @@ class Widener:
         if unit.kind == "experts" and all(part.looks is not None for part in assigned):
             leaves = map(leaf_name, unit.modules)
             looks = tuple(zip(leaves, [id(part.looks) for part in assigned], strict=True))
-        if looks in self._experts:
-            return self._experts[looks]
-        parts = tuple(map(self._part, unit.modules, assigned))
+        is_expert = unit.kind == "experts"
+        arithmetic = self._dims.expert_arithmetic(unit.name) if is_expert else PLAIN_EXPERT
+        alike = (arithmetic, looks)
+        if alike in self._experts:
+            return self._experts[alike]
+        if is_expert and any("bias" in part.tensors for part in assigned):
+            arithmetic = arithmetic._replace(has_biases=True)
+        parts = tuple(
+            self._part(module, part, arithmetic)
+            for module, part in zip(unit.modules, assigned, strict=True)
+        )
         key = (unit.kind, parts)
         decision = self._decisions.get(key)
         if decision is None:
@@ -128,14 +145,14 @@ class Widener:
             for served, part in zip(decision.served, assigned, strict=True)
         )
         if looks:
-            self._experts[looks] = decision, is_cast
+            self._experts[alike] = decision, is_cast
         return decision, is_cast
 
-    def _part(self, module: str, assignment: Assignment) -> _Part:
+    def _part(self, module: str, assignment: Assignment, arithmetic: ExpertArithmetic) -> _Part:
         stored = assignment.module.scheme
         scheme = stored if stored.is_quantized else self._base_scheme
         shape = assignment.module.shape
-        return _Part(leaf_name(module), shape, scheme, unquantized_reason(module))
+        return _Part(leaf_name(module), shape, scheme, unquantized_reason(module), arithmetic)
 
     def _decide(self, kind: Kind, parts: tuple[_Part, ...]) -> _Decision:
         shards = [
@@ -154,6 +171,11 @@ class Widener:
         if not any(part.scheme.is_quantized for part in parts):
             return tuple(part.scheme for part in parts), None
         no_kernel = "missing_kernel" if self._options.missing_kernel == "error" else None
+        is_split = self._layout.expert_parallel and self._layout.expert_ranks > 1
+        unserved = unserved_experts(self._platform, parts[0].arithmetic, is_split)
+        if unserved is not None:
+            reason, remedy = unserved
+            return widened, _Widening("kernel-missing", reason, None, remedy)
         for part in parts:
             if part.unquantized is not None:
                 return widened, _Widening("layer-unquantized", part.unquantized, no_kernel)
@@ -195,9 +217,13 @@ class Widener:
         if len(part.shape) != 2:
             return f"no kernel for {part.scheme.label} of {len(part.shape)} dimensions"
         shape = (shard.rows, shard.columns)
-        return missing_kernel(self._platform, part.scheme, kind, shape, self._base_scheme.format)
+        dtype = self._base_scheme.format
+        return missing_kernel(self._platform, part.scheme, kind, shape, dtype, part.arithmetic)
 
     def _report(self, where: str, widening: _Widening, made: list[Route]) -> None:
+        if widening.remedy is not None:
+            self._log.add("error", widening.code, where, f"{widening.reason}. {widening.remedy}")
+            return
         if widening.refused_by is not None:
             value = "widen" if widening.refused_by == "mixed_fused" else "dequantize"
             self._log.add(
