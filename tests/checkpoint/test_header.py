@@ -12,7 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from vllm_mixprec.checkpoint.header import MAX_HEADER_BYTES, read_header
+from vllm_mixprec.checkpoint.header import (
+    DTYPE_BITS,
+    MAX_HEADER_BYTES,
+    UNREAD_DTYPES,
+    read_header,
+)
+from vllm_mixprec.checkpoint.stored import DTYPES
 from vllm_mixprec.errors import CheckpointError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "random-moe"
@@ -52,6 +58,11 @@ def test_specs_agree_with_the_safetensors_library(shard: Path) -> None:
                 data = tensor.contiguous().view(torch.uint8)
                 assert raw[spec.start : spec.end] == bytes(data.flatten().tolist())
             assert spec.nbytes == tensor.numel() * tensor.element_size()
+
+
+def test_every_dtype_is_read_or_known_not_to_be() -> None:
+    assert DTYPE_BITS.keys() - UNREAD_DTYPES == DTYPES.keys()
+    assert UNREAD_DTYPES < DTYPE_BITS.keys()
 
 
 def test_path_may_be_a_string() -> None:

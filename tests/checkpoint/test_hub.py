@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.hub_server import COMMIT, serve
+from tests.checkpoint.test_torch_file import as_torch
 from tests.routing.models import edit_json, edit_tensors
 from vllm_mixprec.checkpoint.hub import HubFile, hub_file
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "random-moe"
 ROOT = Path(__file__).parents[2]
 SHARD = "bf16/model-00001-of-00003.safetensors"
+UNREACHABLE = "http://127.0.0.1:9"
 PRELUDE = """
 import json, sys
 from pathlib import Path
@@ -226,7 +228,82 @@ def test_server_that_ignores_ranges_is_an_error(models: Path, tmp_path: Path) ->
     assert message.startswith("owner/bf16: no directory") and "content-range None" in message
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "bin in three"])
+def test_model_that_is_all_here_needs_no_hub(models: Path, tmp_path: Path, kind: str) -> None:
+    if kind != "safetensors":
+        shutil.rmtree(models / "fp8")
+        as_torch(models / "fp8", "fp8", 1 if kind == "bin" else 3)
+    code = """
+from vllm_mixprec.checkpoint import open_checkpoint
+snapshot = hub.open_snapshot('owner/fp8', None, folder)
+hub.fetch(spec.file for spec in open_checkpoint(snapshot).tensors.values())
+opened = open_checkpoint(snapshot)
+print(json.dumps([len(opened.modules), opened.container.kind, opened.problems]))
+"""
+    with serve(models) as hub:
+        found = client(tmp_path, code, hub.url)
+    assert found == [69, kind.split()[0], []]
+    assert client(tmp_path, code, UNREACHABLE) == found
+
+
+def test_hub_out_of_reach_is_not_blamed_on_the_name(models: Path, tmp_path: Path) -> None:
+    code = "print(json.dumps([f.message for f in check(plan('absent')).findings]))"
+    [message] = client(tmp_path, code, UNREACHABLE)
+    assert message.startswith("owner/absent: no directory") and "Connection refused" in message
+    assert message.endswith(
+        "). Check the network and the hub's cache, or download the model first."
+    )
+    with serve(models) as hub:
+        [message] = client(tmp_path, code, hub.url)
+    assert message.endswith("). Correct the path, or download the model first.")
+
+
+def test_headers_that_cannot_be_kept_are_not(models: Path, tmp_path: Path) -> None:
+    code = """
+def keep_headers(*_):
+    raise OSError(30, 'Read-only file system')
+hub.keep_headers = keep_headers
+print(json.dumps([f.message for f in check(plan('bf16')).findings]))
+"""
+    with serve(models) as hub:
+        [message] = client(tmp_path, code, hub.url)
+    assert "none of its 3 shards is in the directory" in message
+
+
+def test_shards_come_into_the_cache_that_they_were_looked_for_in(
+    models: Path, tmp_path: Path
+) -> None:
+    code = """
+from huggingface_hub import constants
+snapshot = hub.open_snapshot('owner/fp8', None, folder)
+constants.HF_HUB_CACHE = str(folder / 'other')
+hub.fetch([snapshot / 'model.safetensors'])
+print(json.dumps((snapshot / 'model.safetensors').exists()))
+"""
+    with serve(models) as hub:
+        assert client(tmp_path, code, hub.url) is True
+    assert not (tmp_path / "other").exists()
+
+
+def test_shard_that_does_not_come_is_an_error(models: Path, tmp_path: Path) -> None:
+    code = "print(json.dumps(str(hub.open_snapshot('owner/fp8', None, folder))))"
+    with serve(models) as hub:
+        file = f"{client(tmp_path, code, hub.url)}/model.safetensors"
+    # As older clients leave it, which keep no list of what a model has.
+    shutil.rmtree(tmp_path / "cache" / "models--owner--fp8" / "trees")
+    code = f"""
+try:
+    hub.fetch([Path({file!r})])
+    print(json.dumps('nothing'))
+except hub.CheckpointError as error:
+    print(json.dumps(str(error)))
+"""
+    message = client(tmp_path, code, offline=True)
+    assert message.startswith(f"{file}: not there after it was asked for from the hub")
+
+
 def test_path_in_the_cache_tells_repository_and_commit() -> None:
     path = Path(f"/c/models--owner--my-model.1/snapshots/{COMMIT}/sub/model.safetensors")
-    assert hub_file(path) == HubFile("owner/my-model.1", COMMIT, "sub/model.safetensors")
+    expected = HubFile(Path("/c"), "owner/my-model.1", COMMIT, "sub/model.safetensors")
+    assert hub_file(path) == expected
     assert hub_file(Path("/models/mine/model.safetensors")) is None

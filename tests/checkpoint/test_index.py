@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from tests.routing.models import CPU, edit_tensors
+from vllm_mixprec import Plan, check
+from vllm_mixprec.checkpoint.header import DTYPE_BITS
 from vllm_mixprec.checkpoint.index import open_checkpoint, resolve_path
 from vllm_mixprec.errors import CheckpointError
 
@@ -124,7 +127,16 @@ def test_dangling_link_to_a_shard_is_a_missing_shard(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../other/model.safetensors", "/etc/x.safetensors", "pytorch_model.bin", 3, None, ""]
+    "shard",
+    [
+        "../other/model.safetensors",
+        "/etc/x.safetensors",
+        "//etc/x.safetensors",
+        "pytorch_model.bin",
+        3,
+        None,
+        "",
+    ],
 )
 def test_index_that_leaves_the_directory_is_refused(sharded: Path, shard: Any) -> None:
     edit_index(sharded, lambda weight_map: weight_map.update({"lm_head.weight": shard}))
@@ -172,6 +184,28 @@ def test_single_file_is_read_alone(tmp_path: Path) -> None:
     shutil.copy(path / "model.safetensors", path / "adapter.safetensors")
     files = {spec.file.name for spec in open_checkpoint(path).tensors.values()}
     assert files == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("dtype", ["U16", "F8_E4M3FNUZ", "C64"])
+def test_tensor_of_a_dtype_that_no_layer_takes_is_a_problem(tmp_path: Path, dtype: str) -> None:
+    """The weight beside it is sound."""
+    path = Path(shutil.copytree(FIXTURES / "fp8", tmp_path / "fp8"))
+    projection = "model.layers.0.self_attn.q_proj"
+
+    def add_tensors(tensors: dict[str, Any]) -> None:
+        for suffix in ("bias", "input_scale"):
+            tensors[f"{projection}.{suffix}"] = (dtype, [], bytes(DTYPE_BITS[dtype] // 8))
+
+    edit_tensors(path / "model.safetensors", add_tensors)
+    marked = [m for m in open_checkpoint(path).modules.values() if m.problems]
+    assert [module.name for module in marked] == [projection]
+    (problem,) = marked[0].problems  # the scale of activations is not loaded
+    assert problem.startswith(f"{projection}.bias: {dtype} [], expected one of BF16, BOOL, F16,")
+    plan = {"version": 1, "base": "fp8", "sources": {"fp8": {"path": str(path)}}}
+    (finding,) = [
+        f for f in check(Plan.from_dict(plan), platform=CPU).findings if f.level == "error"
+    ]
+    assert (finding.code, finding.where) == ("module-tensors", f"{projection}.bias")
 
 
 def test_directory_that_is_missing_is_refused(tmp_path: Path) -> None:

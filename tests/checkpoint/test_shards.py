@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Headers kept in one file: they stand for shards as long as these are what they were."""
 
+import json
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from tests.routing.models import edit_tensors
 from vllm_mixprec.checkpoint import open_checkpoint
 from vllm_mixprec.checkpoint.header import RawHeader, read_raw
 from vllm_mixprec.checkpoint.shards import HEADERS_FILE, keep_headers, kept_headers
+from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import CheckpointError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "random-moe"
@@ -84,7 +86,11 @@ def test_header_of_a_shard_that_was_never_here_stands_for_it(kept: Path) -> None
     header = headers[SHARDS[2]]
     keep_headers(kept, headers | {SHARDS[2]: RawHeader(header.text, header.file_bytes, None)})
     (kept / SHARDS[2]).unlink()
-    assert open_checkpoint(kept).problems == ()
+    found = open_checkpoint(kept)
+    assert found.problems == ()
+    spec = next(spec for spec in found.tensors.values() if spec.file.name == SHARDS[2])
+    with pytest.raises(CheckpointError, match=rf"{SHARDS[2]}: cannot be opened: No such file"):
+        list(read_tensors([spec]))
 
 
 def test_header_that_was_changed_is_an_error(kept: Path) -> None:
@@ -101,3 +107,44 @@ def test_damaged_file_is_an_error(kept: Path, keep_bytes: int) -> None:
     os.truncate(kept / HEADERS_FILE, keep_bytes)
     with pytest.raises(CheckpointError, match=f"{HEADERS_FILE}: cannot be read"):
         open_checkpoint(kept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"header_bytes": 1 << 62}, f"header_bytes of {SHARDS[0]} is 46"),
+        ({"header_bytes": 1 << 70}, f"header_bytes of {SHARDS[0]} is 11"),
+        ({"header_bytes": -1}, f"header_bytes of {SHARDS[0]} is -1"),
+        ({"header_bytes": True}, f"header_bytes of {SHARDS[0]} is True"),
+        ({"file_bytes": "HUGE"}, "infinity"),
+        ({"mtime_ns": "HUGE"}, "infinity"),
+        ({"shard": 3}, "shard is 3"),
+        ({"shard": None}, "shard is None"),
+        ({"shard": "a\0.safetensors"}, "shard is 'a"),
+    ],
+)
+def test_line_that_lies_is_an_error(kept: Path, changes: dict[str, Any], match: str) -> None:
+    line, _, rest = (kept / HEADERS_FILE).read_bytes().partition(b"\n")
+    line = json.dumps(json.loads(line) | changes).replace('"HUGE"', "1e400").encode()
+    (kept / HEADERS_FILE).write_bytes(line + b"\n" + rest)
+    with pytest.raises(CheckpointError, match=f"{HEADERS_FILE}: cannot be read .*{match}"):
+        open_checkpoint(kept)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, bytes(1 << 20), b"[]\n", b"\xff\n"])
+def test_file_of_anything_else_is_an_error(kept: Path, content: bytes) -> None:
+    (kept / HEADERS_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{HEADERS_FILE}: cannot be read"):
+        open_checkpoint(kept)
+
+
+def test_pipe_is_an_error(kept: Path) -> None:
+    (kept / HEADERS_FILE).unlink()
+    os.mkfifo(kept / HEADERS_FILE)
+    descriptor = os.open(kept / HEADERS_FILE, os.O_RDWR)  # so that who opens it need not wait
+    try:
+        os.write(descriptor, b"\n")
+        with pytest.raises(CheckpointError, match="cannot be read .*not a regular file"):
+            open_checkpoint(kept)
+    finally:
+        os.close(descriptor)

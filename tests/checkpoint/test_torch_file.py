@@ -3,7 +3,9 @@
 
 import io
 import json
+import os
 import pickle
+import random
 import subprocess
 import sys
 import zipfile
@@ -17,7 +19,7 @@ from vllm_mixprec import Plan, compose
 from vllm_mixprec.checkpoint import open_checkpoint
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.checkpoint.torch_file import read_torch_header
-from vllm_mixprec.errors import CheckpointError, UnsupportedError
+from vllm_mixprec.errors import CheckpointError, MixPrecError, UnsupportedError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "random-moe"
 DTYPES = (
@@ -132,6 +134,8 @@ def test_pickle_that_runs_code_is_refused_and_not_run(
             r"'w': shape \[6, 4\] with strides \[1, 6\], expected a contiguous tensor",
         ),
         ({"w": torch.ones(4, 6)[:, :3]}, r"with strides \[6, 1\], expected a contiguous"),
+        ({"w": torch._neg_view(torch.ones(4))}, "'w': a view that negates what is stored, expec"),
+        ({"w": torch.ones(2, dtype=torch.complex64).conj()}, "'w': dtype is torch.complex64, expe"),
     ],
 )
 def test_what_is_no_dict_of_plain_tensors_is_named(
@@ -155,6 +159,36 @@ def test_file_that_is_cut_short_or_missing_is_an_error(tmp_path: Path) -> None:
         read_torch_header(file)
     with pytest.raises(CheckpointError, match=r"absent\.bin: cannot be read .*No such file"):
         read_torch_header(tmp_path / "absent.bin")
+
+
+def test_pipe_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    os.mkfifo(file)
+    descriptor = os.open(file, os.O_RDWR)  # so that who opens it need not wait
+    try:
+        with pytest.raises(CheckpointError, match=r"model\.bin: cannot be read .*not a regular fi"):
+            read_torch_header(file)
+    finally:
+        os.close(descriptor)
+
+
+def test_damaged_file_is_read_or_refused(tmp_path: Path) -> None:
+    whole = save(tmp_path, {"a.weight": torch.ones(2, 3), "b.weight": torch.zeros(4)}).read_bytes()
+    file, chosen = tmp_path / "damaged.bin", random.Random(0)
+    refused = 0
+    for _ in range(600):
+        raw = bytearray(whole)
+        for _ in range(chosen.randint(1, 2)):
+            raw[chosen.randrange(len(raw))] = chosen.randrange(256)
+        file.write_bytes(raw)
+        try:
+            specs = read_torch_header(file)
+        except MixPrecError as error:
+            assert str(error).startswith(str(file))
+            refused += 1
+        else:
+            assert all(0 <= spec.start <= spec.end <= len(raw) for spec in specs.values())
+    assert 200 < refused < 500
 
 
 def rewrite(file: Path, change: object, **options: int) -> None:

@@ -14,7 +14,8 @@ from vllm_mixprec.errors import CheckpointError
 class FileStamp:
     """Tells one state of one file from another, without reading it.
 
-    A write within the clock tick of the file system (some milliseconds) can leave it as it was.
+    A write within the clock tick of the file system (some milliseconds) can leave it as it was, and
+    so does one after which the time of the last write is set back.
     """
 
     device: int
@@ -48,9 +49,10 @@ def reopen(file: Path, stamp: FileStamp | None) -> int:
     try:
         descriptor, _ = open_file(file)
     except OSError as error:
+        more = "" if stamp is None else " any more"  # without one it was never here
         raise CheckpointError(
-            f"{file}: cannot be opened any more: {error.strerror}; its header was read a moment "
-            "ago. Do not move or replace checkpoints while a server starts"
+            f"{file}: cannot be opened{more}: {error.strerror}; expected the file whose header was "
+            "read. Put it there, and leave checkpoints alone while a server starts"
         ) from error
     try:
         require_unchanged(file, descriptor, stamp)

@@ -43,6 +43,10 @@ DTYPE_BITS = {
 }
 """Bits of one element by safetensors dtype (safetensors/src/tensor.rs, ``Dtype``)."""
 
+UNREAD_DTYPES = frozenset(
+    {"U16", "U32", "U64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"}
+)
+"""Those that no layer takes: a header may have them, ``stored.DTYPES`` has all others."""
 
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _LARGEST = 2**64 - 1  # of a size or an offset, as the safetensors library counts them

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources on the Hugging Face hub: headers by range, shards only once a plan uses them.
 
-A source's directory is its snapshot in the hub's own cache. Such a directory never changes, and its
-name tells repository and commit, so that a shard's path is all that is needed to fetch it.
+A source's directory is its snapshot in the hub's own cache. Shards that lie there never change, and
+its name tells repository and commit, so that a shard's path is all that is needed to fetch it. The
+headers of those that do not lie there are kept beside them.
 """
 
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -21,6 +23,7 @@ from vllm_mixprec.checkpoint.header import RawHeader, header_length
 from vllm_mixprec.checkpoint.index import suggest_directories, tensors_by_shard
 from vllm_mixprec.checkpoint.shards import (
     HEADER_THREADS,
+    HEADERS_FILE,
     SAFETENSORS,
     TORCH,
     keep_headers,
@@ -32,12 +35,18 @@ SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 """What a model directory holds beside its weights."""
 
 _FIRST_BYTES = 128 << 10  # holds nearly every header
-_SNAPSHOT = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/(.+)")
+_SNAPSHOT = re.compile(r"(.*/)models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/(.+)")
+
+logger = logging.getLogger("vllm.mixprec")
 
 
 class HubFile(NamedTuple):
-    """A file of one commit of a model on the hub; ``repo_id`` is ``owner/model``."""
+    """A file of one commit of a model on the hub; ``repo_id`` is ``owner/model``.
 
+    ``cache`` is the hub's cache that it has its place in, maybe not the one of ``HF_HUB_CACHE``.
+    """
+
+    cache: Path
     repo_id: str
     commit: str
     name: str
@@ -53,14 +62,14 @@ def open_snapshot(repo_id: str, revision: str | None, directory: Path) -> Path:
 
     Raises:
         CheckpointError: there is no such model on the hub or, under ``HF_HUB_OFFLINE``, in the
-            hub's cache; or a header is damaged.
+            hub's cache; the hub cannot be reached; or a header is damaged.
     """
     import huggingface_hub
     from huggingface_hub import constants
 
     with _explained(
-        f"{repo_id}: no directory {directory}, and the Hugging Face hub does not give revision "
-        f"{revision or 'main'} of a model of that name",
+        f"{repo_id}: no directory {directory}, and the Hugging Face hub does not give its revision "
+        f"{revision or 'main'}",
         suggest_directories(directory),
     ):
         folder = Path(
@@ -81,8 +90,8 @@ def hub_file(file: Path) -> HubFile | None:
     found = _SNAPSHOT.fullmatch(file.as_posix())
     if found is None:
         return None
-    owner, model, commit, name = found.groups()
-    return HubFile(f"{owner}/{model}", commit, name)
+    cache, owner, model, commit, name = found.groups()
+    return HubFile(Path(cache), f"{owner}/{model}", commit, name)
 
 
 def is_available(file: Path) -> bool:
@@ -100,21 +109,35 @@ def fetch(files: Iterable[Path]) -> None:
     """Download the shards that are not here, with a progress bar; of other paths nothing.
 
     Raises:
-        CheckpointError: the hub does not give one.
+        CheckpointError: one is still not here: the hub cannot be reached or lacks it,
+            ``HF_HUB_OFFLINE`` is set, or it cannot be written.
     """
-    wanted: dict[tuple[str, str], list[str]] = {}
+    wanted: dict[tuple[Path, str, str], dict[str, Path]] = {}
     for file in sorted(set(files)):
         remote = None if file.exists() else hub_file(file)
         if remote is not None:
-            wanted.setdefault((remote.repo_id, remote.commit), []).append(remote.name)
+            snapshot = remote.cache, remote.repo_id, remote.commit
+            wanted.setdefault(snapshot, {})[remote.name] = file
     if not wanted:
         return
     import huggingface_hub
 
-    for (repo_id, commit), names in wanted.items():
+    for (cache, repo_id, commit), shards in wanted.items():
+        names = list(shards)
         with _explained(f"{repo_id}: {len(names)} shards cannot be downloaded, {names[0]} first"):
             huggingface_hub.snapshot_download(
-                repo_id, revision=commit, allow_patterns=[glob.escape(name) for name in names]
+                repo_id,
+                revision=commit,
+                cache_dir=cache,
+                allow_patterns=[glob.escape(name) for name in names],
+            )
+        # Its client, where it cannot ask the hub, may be content with the directory as it is.
+        absent = [file for file in shards.values() if not file.exists()]
+        if absent:
+            raise CheckpointError(
+                f"{absent[0]}: not there after it was asked for from the hub, expected it to be "
+                f"downloaded ({len(absent)} of {len(names)} shards are absent). Let "
+                "it reach the hub (HF_HUB_OFFLINE unset), or download the model first."
             )
 
 
@@ -148,15 +171,32 @@ def _keep_absent(folder: Path) -> bool:
         return True
     names = sorted(shards)
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        headers = pool.map(lambda shard: _remote_header(folder / shard), names)
+        headers = list(pool.map(lambda shard: _remote_header(folder / shard), names))
+    try:
         keep_headers(folder, dict(zip(names, headers, strict=True)))
+    except OSError as error:  # the cache may be another user's; what is absent is reported later
+        logger.warning(
+            "%s: cannot be written (%s), so shards that are not in the directory are not read; "
+            "make it writable, or download the model first",
+            folder / HEADERS_FILE,
+            error.strerror or error,
+        )
     return True
 
 
 def _shards(folder: Path) -> set[str]:
-    """Return the shards of a snapshot: those that its index names, else those on the hub."""
+    """Return the shards of a snapshot: those that its index names, else those on the hub.
+
+    The hub is not asked where the only shard is here, or all that PyTorch's files hold.
+    """
     if (folder / SAFETENSORS.index).exists():
         return set(tensors_by_shard(folder / SAFETENSORS.index, SAFETENSORS))
+    if (folder / SAFETENSORS.single).exists():
+        return {SAFETENSORS.single}
+    has_index = (folder / TORCH.index).exists()
+    pickles = tensors_by_shard(folder / TORCH.index, TORCH) if has_index else [TORCH.single]
+    if pickles and all(os.path.exists(folder / shard) for shard in pickles):
+        return set()
     from huggingface_hub import HfApi
 
     model = hub_file(folder / SAFETENSORS.single)
@@ -205,12 +245,21 @@ def _request(remote: HubFile, start: int, end: int) -> tuple[bytes, int]:
 def _explained(what: str, nearest: str = "") -> Iterator[None]:
     """Turn what the hub's client raises into a CheckpointError that begins with ``what``."""
     # HTTPError is what the client's transport raises, whichever library that is.
+    from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         yield
     except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0].removeprefix("Got: ").rstrip(".")
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        is_refused = isinstance(error, HFValidationError) or status in (401, 403, 404)
+        # Only of what the hub, or offline its cache, lacks may the name be at fault.
+        first = (
+            "Correct the path"
+            if is_refused or constants.HF_HUB_OFFLINE
+            else "Check the network and the hub's cache"
+        )
         raise CheckpointError(
-            f"{what} ({reason}). {nearest}Correct the path, or download the model first."
+            f"{what} ({reason}). {nearest}{first}, or download the model first."
         ) from error

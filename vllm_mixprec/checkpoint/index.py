@@ -7,21 +7,23 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vllm_mixprec.checkpoint.bounded_json import parse_json
 from vllm_mixprec.checkpoint.files import open_file
 from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig
-from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, misfit
+from vllm_mixprec.checkpoint.header import DTYPE_BITS, UNREAD_DTYPES, TensorSpec
 from vllm_mixprec.checkpoint.parts import read_modules
 from vllm_mixprec.checkpoint.shards import SAFETENSORS, TORCH, Container, Shards
 from vllm_mixprec.checkpoint.spelling import canonical_name, index_by_key, mark_clashes
 from vllm_mixprec.checkpoint.usual_json import decode_weight_map
-from vllm_mixprec.errors import CheckpointError
+from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 MAX_JSON_BYTES = 64 << 20
 """Of config.json and of an index; the largest index known, of 92,000 tensors, has 9 MB."""
@@ -310,7 +312,8 @@ def tensors_by_shard(index: Path, container: Container) -> dict[str, list[str]]:
 def _stays_inside(shard: str, container: Container) -> bool:
     """Whether a shard's name, which a stranger may have written, stays in its directory."""
     parts = PurePosixPath(shard).parts
-    return shard.endswith(f".{container.kind}") and parts[0] != "/" and ".." not in parts
+    is_relative = not shard.startswith("/")  # of "//x" the first part is "//"
+    return shard.endswith(f".{container.kind}") and is_relative and ".." not in parts
 
 
 def _open_unindexed(path: Path, found_shards: Shards) -> dict[str, TensorSpec]:
@@ -354,9 +357,32 @@ def _group_modules(
         group[suffixes.setdefault(suffix, suffix)] = spec
     try:
         quantization = QuantizationConfig.parse(_quantization_config(config))
-        return mark_clashes(read_modules(groups, quantization, config))
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(f"{path}{os.sep}{error}") from error  # it begins with config.json
+    try:
+        modules = mark_clashes(read_modules(groups, quantization, config))
     except CheckpointError as error:
         raise CheckpointError(f"{path}{os.sep}{error}") from error  # it begins with config.json
+    if UNREAD_DTYPES.isdisjoint(map(attrgetter("dtype"), tensors.values())):
+        return modules
+    return {name: _mark_unread(module) for name, module in modules.items()}
+
+
+def _mark_unread(module: Module) -> Module:
+    """Give a sound module a problem for each tensor, such as a bias, of a dtype not read.
+
+    It is an error once the module is served. Scales of activations are not loaded.
+    """
+    if module.problems:
+        return module
+    unused = ACTIVATION_SCALES if module.scheme.is_quantized else frozenset()
+    expected = f"one of {', '.join(sorted(DTYPE_BITS.keys() - UNREAD_DTYPES))}"
+    problems = tuple(
+        misfit(spec, expected, "no layer takes another dtype")
+        for suffix, spec in module.tensors.items()
+        if spec.dtype in UNREAD_DTYPES and suffix not in unused
+    )
+    return replace(module, problems=problems) if problems else module
 
 
 def _quantization_config(config: dict[str, Any]) -> Any:

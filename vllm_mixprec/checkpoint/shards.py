@@ -16,13 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_mixprec.checkpoint.files import stamp_of
-from vllm_mixprec.checkpoint.header import Kinds, RawHeader, TensorSpec, parse_header, read_raw
+from vllm_mixprec.checkpoint.bounded_json import parse_json
+from vllm_mixprec.checkpoint.files import open_file, stamp_of
+from vllm_mixprec.checkpoint.header import (
+    MAX_HEADER_BYTES,
+    Kinds,
+    RawHeader,
+    TensorSpec,
+    parse_header,
+    read_raw,
+)
 from vllm_mixprec.checkpoint.torch_file import read_torch_header
 from vllm_mixprec.errors import CheckpointError
 
 HEADERS_FILE = "mixprec_headers"
 HEADER_THREADS = 16
+_LINE_BYTES = 64 << 10  # more than any that keep_headers writes: a path has at most 4 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +146,28 @@ def kept_headers(folder: Path) -> dict[str, RawHeader]:
     file = folder / HEADERS_FILE
     headers: dict[str, RawHeader] = {}
     try:
-        with open(file, "rb") as stream:
-            while line := stream.readline():
-                entry = json.loads(line)
-                text = stream.read(entry["header_bytes"])
-                if len(text) != entry["header_bytes"] or stream.read(1) != b"\n":
-                    raise ValueError(f"cut short in the header of {entry['shard']}")
+        descriptor, _ = open_file(file)
+        with open(descriptor, "rb") as stream:
+            while line := stream.readline(_LINE_BYTES):
+                entry = parse_json(line)
+                shard, header_bytes = entry["shard"], entry["header_bytes"]
+                if type(shard) is not str or "\0" in shard:  # no file system has such a name
+                    raise ValueError(f"shard is {shard!r}")
+                if type(header_bytes) is not int or not 0 <= header_bytes <= MAX_HEADER_BYTES:
+                    raise ValueError(f"header_bytes of {shard} is {header_bytes!r}")
+                text = stream.read(header_bytes)
+                if len(text) != header_bytes or stream.read(1) != b"\n":
+                    raise ValueError(f"cut short in the header of {shard}")
                 # Directories that were composed before there were checksums have none.
                 if entry.get("header_crc32") not in (None, zlib.crc32(text)):
-                    raise ValueError(f"the header of {entry['shard']} was changed")
+                    raise ValueError(f"the header of {shard} was changed")
                 written = entry["mtime_ns"]
-                headers[entry["shard"]] = RawHeader(
+                headers[shard] = RawHeader(
                     text, int(entry["file_bytes"]), None if written is None else int(written)
                 )
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
             f"{file}: cannot be read ({error}), expected the headers of the shards. Remove the "
             "file, or compose the directory again."

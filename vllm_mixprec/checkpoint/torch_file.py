@@ -12,31 +12,15 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vllm_mixprec.checkpoint.files import stamp_of
+from vllm_mixprec.checkpoint.files import open_file
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
 
-# torch's name of a dtype -> safetensors'.
-_DTYPES = {
-    "torch.bool": "BOOL",
-    "torch.uint8": "U8",
-    "torch.int8": "I8",
-    "torch.int16": "I16",
-    "torch.int32": "I32",
-    "torch.int64": "I64",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.float32": "F32",
-    "torch.float64": "F64",
-    "torch.float8_e4m3fn": "F8_E4M3",
-    "torch.float8_e5m2": "F8_E5M2",
-    "torch.float8_e8m0fnu": "F8_E8M0",
-}
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record; the lengths of its name and extra field
 
 _REMEDY = "Convert the checkpoint to safetensors, or choose another source."
@@ -54,36 +38,38 @@ def read_torch_header(path: str | os.PathLike[str]) -> dict[str, TensorSpec]:
         CheckpointError: the file cannot be read, is damaged, or its pickle asks for more than
             tensors, as malicious ones do.
         UnsupportedError: the file is older than torch 1.6's zip archives, is no dict of tensors,
-            or holds a tensor that is not contiguous or of a dtype that safetensors lacks.
+            or holds a tensor that is not contiguous, negates what is stored, or is of a dtype
+            that is not read.
     """
     file = Path(path)
-    stamp = stamp_of(file)
-    records = _find_records(file)
+    try:
+        descriptor, stamp = open_file(file)
+    except OSError as error:
+        raise _unreadable(file, str(error)) from error
+    with open(descriptor, "rb") as stream:
+        records = _find_records(file, stream)
+        tensors = _load_meta(file, stream)
     return {
         name: _make_spec(file, name, tensor, records)._replace(stamp=stamp)
-        for name, tensor in _load_meta(file).items()
+        for name, tensor in tensors.items()
     }
 
 
-def _find_records(file: Path) -> dict[int, int]:
+def _find_records(file: Path, stream: BinaryIO) -> dict[int, int]:
     """Return offset -> bytes of each record of the archive.
 
     Raises:
         CheckpointError, UnsupportedError: as :func:`read_torch_header` does.
     """
     try:
-        with open(file, "rb") as stream:
-            if not zipfile.is_zipfile(stream):
-                raise UnsupportedError(
-                    f"{file}: no zip archive, expected a file that torch 1.6 or later wrote; older "
-                    f"ones are not read, and one that is cut short looks like them. {_REMEDY}"
-                )
-            with zipfile.ZipFile(stream) as archive:
-                infos = archive.infolist()
-                order = [info for info in infos if info.filename.endswith("/byteorder")]
-                if any(archive.read(info).strip() != b"little" for info in order):
-                    raise UnsupportedError(f"{file}: big-endian, expected little-endian. {_REMEDY}")
-            records = {}
+        if not zipfile.is_zipfile(stream):
+            raise UnsupportedError(
+                f"{file}: no zip archive, expected a file that torch 1.6 or later wrote; older "
+                f"ones are not read, and one that is cut short looks like them. {_REMEDY}"
+            )
+        records = {}
+        with zipfile.ZipFile(stream) as archive:
+            infos = archive.infolist()
             for info in infos:
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise UnsupportedError(
@@ -94,19 +80,23 @@ def _find_records(file: Path) -> dict[int, int]:
                 name_bytes, extra_bytes = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
                 begin = info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
                 records[begin] = info.file_size
-    except (OSError, zipfile.BadZipFile, struct.error) as error:
-        raise CheckpointError(
-            f"{file}: cannot be read ({error}), expected a PyTorch file. Download it again."
-        ) from error
+            # Read when nothing is compressed: no decompressor sees what a stranger wrote.
+            order = [info for info in infos if info.filename.endswith("/byteorder")]
+            if any(archive.read(info).strip() != b"little" for info in order):
+                raise UnsupportedError(f"{file}: big-endian, expected little-endian. {_REMEDY}")
+    # What zipfile raises over names, flags and offsets that are damaged.
+    except (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile) as error:
+        raise _unreadable(file, str(error)) from error
     return records
 
 
-def _load_meta(file: Path) -> dict[str, Any]:
+def _load_meta(file: Path, stream: BinaryIO) -> dict[str, Any]:
     """Let torch read the pickle, tensors only, onto the "meta" device."""
     import torch
 
+    stream.seek(0)
     try:
-        content = torch.load(file, map_location="meta", weights_only=True)
+        content = torch.load(stream, map_location="meta", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
@@ -114,12 +104,11 @@ def _load_meta(file: Path) -> dict[str, Any]:
             "Expected a dict of tensors that torch.load(weights_only=True) reads. Do not load this "
             "file; choose another source."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle ends in any of them
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{file}: cannot be read ({type(error).__name__}: {reason}), expected a PyTorch file. "
-            "Download it again."
-        ) from error
+        raise _unreadable(file, f"{type(error).__name__}: {reason}") from error
     if not isinstance(content, dict) or not all(type(name) is str for name in content):
         raise UnsupportedError(
             f"{file}: a {type(content).__name__}, expected a dict of tensor names. {_REMEDY}"
@@ -127,10 +116,18 @@ def _load_meta(file: Path) -> dict[str, Any]:
     return content
 
 
+def _unreadable(file: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: cannot be read ({reason}), expected a PyTorch file. Download it again."
+    )
+
+
 def _make_spec(
     file: Path, name: str, tensor: "torch.Tensor | object", records: dict[int, int]
 ) -> TensorSpec:
     import torch
+
+    from vllm_mixprec.checkpoint.stored import DTYPES  # it imports torch
 
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
         kind = tensor.layout if isinstance(tensor, torch.Tensor) else type(tensor).__name__
@@ -138,11 +135,16 @@ def _make_spec(
             f"{file}: {name!r} is a {kind}, expected a dense tensor: this is no model's state "
             f"dict. {_REMEDY}"
         )
-    dtype = _DTYPES.get(str(tensor.dtype))
+    dtype = next((spelt for spelt, known in DTYPES.items() if known == tensor.dtype), None)
     if dtype is None or tensor.is_quantized:
         raise UnsupportedError(
             f"{file}: tensor {name!r}: dtype is {tensor.dtype}, expected one of "
-            f"{', '.join(sorted(_DTYPES))}. {_REMEDY}"
+            f"{', '.join(sorted(map(str, DTYPES.values())))}. {_REMEDY}"
+        )
+    if tensor.is_neg():
+        raise UnsupportedError(
+            f"{file}: tensor {name!r}: a view that negates what is stored, expected the values "
+            f"themselves. {_REMEDY}"
         )
     if not tensor.is_contiguous():
         raise UnsupportedError(
