@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.routing.models import FIXTURES, copy_models, edit_json, make_plan
+from tests.routing.models import (
+    ARCHITECTURES,
+    FIXTURES,
+    OF_ARCHITECTURES,
+    copy_models,
+    edit_json,
+    make_plan,
+    only,
+)
 from vllm_mixprec.checkpoint import open_checkpoint
 from vllm_mixprec.composition import PLAN_FILE, ComposeRefused, compose
 from vllm_mixprec.errors import MixPrecError
@@ -139,6 +146,24 @@ def test_source_that_nothing_uses_is_left_out_with_its_rules(tmp_path: Path) -> 
     assert [rule.source for rule in composed.rules] == ["gptq"]
 
 
+def test_rule_for_a_draft_s_layer_that_its_source_lacks_stays(tmp_path: Path) -> None:
+    """Without it the layer would come from the source of the next rule that matches."""
+    plan = make_plan(
+        ("model.layers.2.mlp.experts", "int4"),
+        ("model.layers.*.mlp.experts", "fp8"),
+        folder=ARCHITECTURES / "deepseek_v3",
+        sources=OF_ARCHITECTURES,
+    )
+    compose(plan, tmp_path / "mixed")
+    for _ in range(2):
+        composed = Plan.from_yaml(tmp_path / "mixed" / PLAN_FILE)
+        assert [rule.source for rule in composed.rules] == ["int4", "fp8"]
+        assert only(check(composed), "module-missing").level == "warning"
+        assert {f.code for f in check(composed, draft=True).findings} == {"module-missing"}
+        assert load_route_table(composed).routes.keys() == load_route_table(plan).routes.keys()
+        compose(composed, tmp_path / "mixed")  # in place, where its shards are links
+
+
 def test_source_folder_has_the_source_s_name(tmp_path: Path) -> None:
     name = "fp8.v1-b"
     plan = Plan.from_dict(
@@ -192,7 +217,7 @@ def test_composed_model_can_be_composed_in_place(tmp_path: Path) -> None:
 
 def test_directory_of_others_is_refused_unless_forced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(MixPrecError, match="not empty, and without mixprec_plan.yaml"):
+    with pytest.raises(MixPrecError, match="not empty, and without a config.json and a plan"):
         compose(make_plan(), tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     compose(make_plan(), tmp_path, force=True)
@@ -211,13 +236,66 @@ def test_file_or_link_in_the_way_is_refused(tmp_path: Path) -> None:
         compose(make_plan(), tmp_path / "link", force=True)
 
 
-@pytest.mark.parametrize("out", [".", "bf16"])
+def test_directory_with_a_plan_but_no_config_of_compose_is_refused(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / PLAN_FILE).write_text("mine")
+    (work / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    for _ in range(2):
+        with pytest.raises(MixPrecError, match="not empty"):
+            compose(make_plan(), work)
+        assert (work / PLAN_FILE).read_text() == "mine"
+        (work / "config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("out", [".", "bf16", "fp8"])
 def test_directory_that_holds_a_source_is_never_replaced(models: Path, out: str) -> None:
-    shard = models / "bf16" / "model-00001-of-00003.safetensors"
-    before = hashlib.sha256(shard.read_bytes()).hexdigest()
-    with pytest.raises(MixPrecError, match="lies in .* which would be replaced"):
+    """Nor one, here fp8, that no rule uses."""
+    before = files_below(models)
+    with pytest.raises(MixPrecError, match="source '.*', expected outside of .* would be replaced"):
         compose(make_plan(folder=models), models / out, force=True)
-    assert hashlib.sha256(shard.read_bytes()).hexdigest() == before
+    assert files_below(models) == before
+
+
+def test_directory_that_holds_a_shard_by_a_link_is_never_replaced(models: Path) -> None:
+    shard = models / "fp8" / "model.safetensors"
+    (models / "blobs").mkdir()
+    blob = shard.rename(models / "blobs" / "blob")
+    shard.symlink_to(blob)
+    with pytest.raises(MixPrecError, match="a shard that the plan uses, expected outside of"):
+        compose(make_plan(base="fp8", folder=models), models / "blobs", force=True)
+    assert blob.exists()
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_directory_that_holds_the_plan_is_never_replaced(tmp_path: Path, is_inside: bool) -> None:
+    compose(make_plan(*RULES), tmp_path / "mixed")
+    folder = tmp_path / "mixed" / ("plans" if is_inside else ".")
+    folder.mkdir(exist_ok=True)
+    (folder / "new.yaml").write_text(make_plan(folder=FIXTURES).to_yaml())
+    with pytest.raises(MixPrecError, match=r"new\.yaml: the plan, expected outside of"):
+        compose(Plan.from_yaml(folder / "new.yaml"), tmp_path / "mixed", force=True)
+    assert (folder / "new.yaml").exists()
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_working_directory_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(MixPrecError, match="/a/b: the working directory, expected outside of"):
+        compose(make_plan(), out, force=True)
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_source_in_another_composed_directory_is_kept(tmp_path: Path) -> None:
+    compose(make_plan(*RULES), tmp_path / "mixed")
+    before = files_below(tmp_path / "mixed")
+    other = make_plan(folder=tmp_path / "mixed" / "sources", sources=("bf16", "gptq"))
+    with pytest.raises(MixPrecError, match="source 'bf16', expected outside of"):
+        compose(other, tmp_path / "mixed")
+    assert files_below(tmp_path / "mixed") == before
 
 
 def test_failure_half_way_leaves_the_old_directory(
@@ -231,7 +309,22 @@ def test_failure_half_way_leaves_the_old_directory(
         raise OSError("disk full")
 
     monkeypatch.setattr(shutil, "copyfile", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(MixPrecError, match=r"mixed: cannot be written \(disk full\), expected"):
         compose(make_plan(*RULES, folder=models), out)
     assert files_below(out) == before
     assert not list(models.glob("mixed.*"))
+
+
+def test_old_directory_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compose(make_plan(*RULES), tmp_path / "mixed")
+
+    def fail(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(MixPrecError, match=r"\.old: what stood .* the new directory is in place"):
+        compose(make_plan(), tmp_path / "mixed")
+    assert not (tmp_path / "mixed" / "sources" / "gptq").exists()

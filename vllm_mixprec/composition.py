@@ -7,16 +7,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from vllm_mixprec.checkpoint.hub import fetch
-from vllm_mixprec.checkpoint.index import Checkpoint
+from vllm_mixprec.checkpoint.index import Checkpoint, local_path
 from vllm_mixprec.checkpoint.shards import SAFETENSORS, Shards, keep_headers
-from vllm_mixprec.errors import MixPrecError, RouteError
+from vllm_mixprec.errors import CheckpointError, MixPrecError, RouteError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.check import Report, examine
 from vllm_mixprec.routing.table import RouteTable
@@ -28,6 +29,8 @@ __all__ = [
     "ComposeRefused",
     "compose",
     "composed_plan",
+    "composed_quantization",
+    "plan_change",
 ]
 
 PLAN_FILE = "mixprec_plan.yaml"
@@ -76,7 +79,8 @@ def compose(plan: Plan, out: str | os.PathLike[str], force: bool = False) -> Rep
         out/sources/NAME/          config.json, the index, headers, links to the shards in use
 
     Of a base in a directory every shard is linked. Of one on the hub the shards that no tensor
-    comes from are not downloaded, and their headers, which name the modules, stand for them.
+    comes from are not downloaded, and their headers, which name the modules, stand for them. So
+    it is with a source that gives nothing but that a rule names for modules that it lacks.
     The directory is built beside ``out`` and swapped in when it is complete.
 
     Args:
@@ -87,54 +91,119 @@ def compose(plan: Plan, out: str | os.PathLike[str], force: bool = False) -> Rep
 
     Raises:
         ComposeRefused: the plan has errors.
-        MixPrecError: ``out`` holds something else, or shards that the new directory needs.
+        MixPrecError: ``out`` holds something else, the plan, a source or the working directory;
+            or it cannot be written.
     """
-    target = Path(os.path.abspath(out))
-    _require_replaceable(target, force)
+    with _writing(Path(out)):
+        target = Path(os.path.abspath(out))
+        _require_replaceable(target, plan, force)
     report, checkpoints = examine(plan)
     if report.table is None:
         raise ComposeRefused(_summarise(report), report)
     shards = _shards_in_use(report.table, checkpoints)
-    _require_outside(target, shards)
+    for files in shards.values():
+        _require_outside(target, "a shard that the plan uses", files)
     fetch(file for files in report.table.shards_by_source().values() for file in files)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
-        building.chmod(0o755)
-        _write(building, plan, checkpoints, shards)
-        _swap(building, target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(
+            tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".tmp", dir=target.parent)
+        )
+        try:
+            building.chmod(0o755)
+            _write(building, plan, checkpoints, shards)
+            _swap(building, target)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
     return report
 
 
 def composed_plan(directory: Path) -> Path | None:
     """Return the plan of a directory that compose made; None of any other path."""
+    quantization = composed_quantization(directory)
+    return None if quantization is None else directory / str(quantization.get("plan", PLAN_FILE))
+
+
+def composed_quantization(directory: Path) -> dict[str, Any] | None:
+    """Return ``quantization_config`` of a directory that compose made; None of any other path."""
     try:
         config = json.loads((directory / "config.json").read_bytes())
-        quantization = config["quantization_config"]
-        if quantization["quant_method"] != QUANT_METHOD:
-            return None
+        quantization: dict[str, Any] = config["quantization_config"]
+        return quantization if quantization["quant_method"] == QUANT_METHOD else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # whoever opens it as something else says what is wrong
-    return directory / str(quantization.get("plan", PLAN_FILE))
 
 
-def _require_replaceable(target: Path, force: bool) -> None:
+def plan_change(plan: Plan, quantization: Mapping[str, Any]) -> str | None:
+    """Say that a composed directory's plan is not the one compose wrote there; None if it is.
+
+    A plan that was cut short between two rules is a plan, too.
+
+    Args:
+        quantization: ``quantization_config`` of the directory's config.json.
+    """
+    composed = quantization.get("plan_sha256")
+    if composed in (None, plan.sha256):
+        return None
+    return (
+        f"SHA-256 of its content is {plan.sha256}, expected {composed}, which config.json has of "
+        "the plan that was composed: it was edited or cut short. Compose the directory again."
+    )
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a MixPrecError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.filename is not None and error.filename != str(target):
+            reason += f": {error.filename}"
+        raise MixPrecError(
+            f"{target}: cannot be written ({reason}), expected a directory that can. Choose "
+            "another."
+        ) from error
+
+
+def _require_replaceable(target: Path, plan: Plan, force: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise MixPrecError(
             f"{target}: a link or a file, expected a directory or nothing. Choose another "
             "directory."
         )
-    if not target.exists() or not any(target.iterdir()):
+    if not target.exists():
         return
-    if not (target / PLAN_FILE).is_file() and not force:
+    own = composed_plan(target)
+    _require_apart(target, plan, own)
+    if any(target.iterdir()) and (own is None or not own.is_file()) and not force:
         raise MixPrecError(
-            f"{target}: not empty, and without {PLAN_FILE}, so compose did not make it; expected "
-            "an empty directory or one made by compose. Choose another, or pass --force."
+            f"{target}: not empty, and without a config.json and a plan of compose, so that it did "
+            "not make it; expected an empty directory or one made by compose. Choose another, or "
+            "pass --force."
         )
+
+
+def _require_apart(target: Path, plan: Plan, own: Path | None) -> None:
+    """Refuse to replace the directory that somebody works in, or that the plan or a source is in.
+
+    A composed directory's ``own`` plan can be composed in place: its sources are links.
+    """
+    with suppress(FileNotFoundError):  # the working directory itself may have been removed
+        _require_outside(target, "the working directory", [Path.cwd()])
+    linked = None
+    if plan.path is not None:
+        if own is not None and os.path.realpath(own) == os.path.realpath(plan.path):
+            linked = Path(os.path.realpath(target)) / SOURCES_FOLDER
+        else:
+            _require_outside(target, "the plan", [plan.path])
+    for name, source in plan.sources.items():
+        with suppress(CheckpointError):  # no path at all; the check reports it
+            directory = Path(os.path.realpath(local_path(source.path, plan.base_dir)))
+            if os.path.exists(directory) and not (linked and directory.is_relative_to(linked)):
+                _require_outside(target, f"source {name!r}", [directory])
 
 
 def _summarise(report: Report) -> str:
@@ -151,21 +220,43 @@ def _shards_in_use(
     """Return source -> shard files, in the source's directory, sorted."""
     used = table.shards_by_source()
     base = checkpoints[table.plan.base]
-    used[base.name] = tuple(sorted({spec.file for spec in base.tensors.values()}))
+    for name in {base.name} | _lacking_sources(table, base, used):
+        specs = checkpoints[name].tensors.values()
+        used[name] = tuple(sorted({spec.file for spec in specs}))
     return {name: used[name] for name in checkpoints if name in used}
 
 
-def _require_outside(target: Path, shards: Mapping[str, tuple[Path, ...]]) -> None:
-    """Refuse to replace a directory that holds the very shards to be linked."""
-    inside = target.resolve()
-    for files in shards.values():
-        for file in files:
-            if file.resolve().is_relative_to(inside):
-                raise MixPrecError(
-                    f"{file}: a shard that the plan uses lies in {target}, which would be "
-                    "replaced; expected an output directory apart from the sources. Choose "
-                    "another."
-                )
+def _lacking_sources(table: RouteTable, base: Checkpoint, used: Container[str]) -> set[str]:
+    """Return sources, not used, whose rules win for modules that they lack and nothing loads.
+
+    Such as a draft's. Without these rules the modules would come from elsewhere in silence.
+    """
+    if all(rule.source in used for rule in table.plan.rules):
+        return set()
+    absent = [module for name, module in base.modules.items() if name not in table.routes]
+    winners = {
+        next(
+            (
+                rule.source
+                for rule in table.plan.rules
+                if rule.matches(module.name) or (module.fused and rule.matches(module.fused))
+            ),
+            base.name,
+        )
+        for module in absent
+    }
+    return {name for name in winners if name not in used}
+
+
+def _require_outside(target: Path, what: str, paths: Iterable[Path]) -> None:
+    """Refuse to replace a directory that is one of the paths, or in which one lies."""
+    inside = os.path.realpath(target)
+    for path in paths:
+        if Path(os.path.realpath(path)).is_relative_to(inside):
+            raise MixPrecError(
+                f"{path}: {what}, expected outside of {target}, which would be replaced. Choose "
+                "another output directory."
+            )
 
 
 def _write(
@@ -205,10 +296,9 @@ def _write_source(folder: Path, checkpoint: Checkpoint, files: tuple[Path, ...])
 
 
 def _rewrite_plan(plan: Plan, used: Container[str]) -> Plan:
-    """Return the plan with its sources in ``sources/``; those that nothing uses are left out.
+    """Return the plan with its sources in ``sources/``; those that are not used are left out.
 
-    Rules that route nothing (because others above take all that they match) go with a source
-    that is left out.
+    Their rules go with them: others above take all that these match.
     """
     return Plan.from_dict(
         {
@@ -278,4 +368,10 @@ def _swap(building: Path, target: Path) -> None:
     except OSError:
         old.rename(target)
         raise
-    shutil.rmtree(old)
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        raise MixPrecError(
+            f"{old}: what stood in {target} before cannot be removed "
+            f"({error.strerror or error}); the new directory is in place. Remove it yourself."
+        ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 
+from vllm_mixprec.composition import plan_change
 from vllm_mixprec.couplings import SERVING, find_unfit
 from vllm_mixprec.device import refuse_old_driver, refuse_too_little_memory
 from vllm_mixprec.errors import PlanError, UnsupportedError
@@ -159,19 +160,12 @@ def _prepare_draft(
 
 
 def _refuse_changed_plan(plan: Plan, model_config: ModelConfig) -> None:
-    """Refuse the plan of a composed directory that is not the one compose wrote there.
-
-    A plan that was cut short between two rules is a plan, too.
-    """
+    """Refuse the plan of a composed directory that is not the one compose wrote there."""
     if getattr(model_config.hf_config, OVERRIDE_KEY, None) is not None:
         return
-    composed = model_config.hf_config.quantization_config.get("plan_sha256")
-    if composed not in (None, plan.sha256):
-        raise PlanError(
-            f"{plan.path}: SHA-256 of its content is {plan.sha256}, expected {composed}, which "
-            "config.json has of the plan that was composed: it was edited or cut short. Compose "
-            "the directory again"
-        )
+    changed = plan_change(plan, model_config.hf_config.quantization_config)
+    if changed is not None:
+        raise PlanError(f"{plan.path}: {changed}")
 
 
 def _refuse_unfit_vllm() -> None:

@@ -311,3 +311,16 @@ def test_hub_id_comes_from_the_cache_when_offline(tmp_path: Path) -> None:
     assert refused.endswith(
         f"Nearest: {models}/owners. Correct the path, or download the model first."
     )
+
+
+def test_file_in_place_of_a_directory_is_named(sharded: Path) -> None:
+    with pytest.raises(CheckpointError, match="a file, expected the directory of a checkpoint"):
+        resolve_path(str(sharded / SHARDS[0]), None, None)
+
+
+def test_composed_directory_is_no_source(sharded: Path) -> None:
+    config = json.loads((sharded / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mixprec"}
+    (sharded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"that compose made, .* sources/NAME in it"):
+        open_checkpoint(sharded)

@@ -127,6 +127,26 @@ def test_composed_directory_is_checked_by_its_plan(run, mixed_plan, tmp_path):
     assert f"{tmp_path / 'mixed' / 'mixprec_plan.yaml'}: no findings" in result.out
 
 
+def test_composed_directory_whose_plan_was_edited_is_refused(run, mixed_plan, tmp_path):
+    """As the engine's start refuses it; other findings are told, too."""
+    assert run("compose", mixed_plan, "-o", tmp_path / "mixed").code == 0
+    file = tmp_path / "mixed" / "mixprec_plan.yaml"
+    file.write_text(file.read_text().replace("self_attn.*_proj", "self_attn.q_proj"))
+    report = run("check", tmp_path / "mixed", "--json")
+    assert report.code == 1 and report.json["ok"] is False
+    changed, *others = report.json["findings"]
+    assert (changed["level"], changed["where"]) == ("error", str(file))
+    assert "it was edited or cut short. Compose the directory again." in changed["message"]
+    assert [finding["code"] for finding in others] == ["fused-mixed"]
+    assert "The plan cannot be served." in run("check", tmp_path / "mixed").out
+
+
+def test_shard_in_place_of_a_plan(run):
+    result = run("check", MODELS / "fp8" / "model.safetensors")
+    assert result.code == 1
+    assert "a shard of a checkpoint, expected a plan's YAML file." in result.out
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 
 import pytest
 
@@ -48,6 +49,49 @@ def test_foreign_directory_is_replaced_only_by_force(run, mixed_plan, tmp_path):
     assert (out / "thesis.txt").exists()
     assert run("compose", mixed_plan, "-o", out, "--force").code == 0
     assert not (out / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("a file/x", "File exists: .*a file"),
+        ("a file/x/y", "Not a directory: .*a file/x"),
+        ("/proc/xx/y", "No such file or directory: /proc/xx"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_output_that_cannot_be_written(run, mixed_plan, tmp_path, out, reason, flags):
+    (tmp_path / "a file").write_text("mine")
+    result = run("compose", mixed_plan, "-o", tmp_path / out, *flags)
+    assert result.code == 1
+    message = rf"{tmp_path / out}: cannot be written \({reason}\), expected .* Choose another\."
+    assert re.fullmatch(f"error: {message}\n", result.err)
+    if flags:
+        assert result.json["ok"] is False
+        assert re.fullmatch(message, result.json["error"]["message"])
+    else:
+        assert result.out == ""
+
+
+def test_relative_output_from_a_directory_that_was_removed(run, mixed_plan, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = run("compose", mixed_plan, "-o", "mixed")
+    assert result.code == 1
+    assert result.err.startswith("error: mixed: cannot be written (No such file or directory)")
+    assert run("compose", mixed_plan, "-o", tmp_path / "mixed").code == 0
+
+
+def test_plan_s_own_directory_is_not_replaced(run, mixed_plan, tmp_path, monkeypatch):
+    """Though a plan of that name is all that compose would write there."""
+    plan = mixed_plan.rename(tmp_path / "mixprec_plan.yaml")
+    monkeypatch.chdir(tmp_path)
+    result = run("compose", plan.name, "-o", ".", "--json")
+    assert result.code == 1 and result.json["ok"] is False
+    assert "the working directory, expected outside of" in result.err
+    assert plan.exists()
 
 
 def test_malformed_plan_is_explained(run, tmp_path):

@@ -134,6 +134,29 @@ def test_composed_directory_is_read_as_its_plan(run, mixed_plan, tmp_path):
     assert found["bytes_by_source"] == before["bytes_by_source"]
 
 
+def test_composed_directory_whose_plan_was_edited_is_refused(run, mixed_plan, tmp_path):
+    assert run("compose", mixed_plan, "-o", tmp_path / "mixed").code == 0
+    file = tmp_path / "mixed" / "mixprec_plan.yaml"
+    file.write_text(file.read_text().replace("{0-3}", "{0-2}"))
+    result = run("inspect", tmp_path / "mixed")
+    assert result.code == 1 and result.out == ""
+    assert result.err.startswith(f"error: {file}: SHA-256 of its content is ")
+    assert "Compose the directory again." in result.err
+
+
+def test_shard_in_place_of_its_directory(run):
+    result = run("inspect", MODELS / "fp8" / "model.safetensors")
+    assert result.code == 1
+    said = f"vllm-mixprec inspect {MODELS / 'fp8'} shows what its directory holds."
+    assert "model.safetensors: a shard of a checkpoint" in result.err and said in result.err
+
+
+def test_empty_source_is_wrong_usage(run):
+    result = run("inspect", "")
+    assert result.code == 2
+    assert "expected a directory, a hub id or a plan" in result.err
+
+
 def test_malformed_config_is_explained(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps([1]))
     result = run("inspect", tmp_path)

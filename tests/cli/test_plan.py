@@ -284,6 +284,21 @@ def test_source_without_the_kind():
         draft_rules(Choice("attention", "fp8"), base, empty)
 
 
+def test_source_without_one_expert_of_each_layer_has_it_named():
+    base = checkpoint("base", BASE)
+    fewer = checkpoint("fp8", [name for name in BASE if ".experts.1." not in name])
+    with pytest.raises(RouteError, match=r"it lacks e\.g\. model\.layers\.\d\.mlp\.experts\.1\."):
+        draft_rules(Choice("routed_experts", "fp8"), base, fewer)
+
+
+def test_composed_directory_is_no_source(run, mixed_plan, tmp_path):
+    assert run("compose", mixed_plan, "-o", tmp_path / "mixed").code == 0
+    source = f"a={tmp_path / 'mixed'}"
+    result = run("plan", "--base", "a", "--source", source)
+    assert result.code == 1
+    assert f"Name one of its sources, {tmp_path / 'mixed' / 'sources' / 'NAME'}." in result.err
+
+
 OLD = """\
 mixed_precision:
   base_model_path: models/bf16

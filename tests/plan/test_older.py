@@ -148,7 +148,10 @@ def test_all_tensors_of_a_module_are_one_rule(tmp_path: Path) -> None:
             "4: model.mixed_precision.base_model_path: found the base's path here, expected it as "
             "model.base_path. Move it there.",
         ),
-        ("mixed_precision: 3\n", "1: mixed_precision: found 3, expected a mapping"),
+        (
+            "mixed_precision: 3\n",
+            "1: mixed_precision: found 3, expected a mapping with NAME_path. Correct it.",
+        ),
         (MODEL + "extra: 1\n", "14: extra: unknown key, expected one of model, inference, server."),
         (
             MODEL.replace("  name:", "  title:"),

@@ -136,7 +136,7 @@ def test_anchors_and_merge_keys_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("version: 1", "version: 2", "1: version: found 2, expected 1"),
+        ("version: 1", "version: 2", r"1: version: found 2, expected 1, .* Write version: 1\.$"),
         ("version: 1", "version: true", "1: version: found True, expected 1"),
         ("version: 1", "version: '1'", '1: version: found "1", expected 1'),
         ("version: 1\n", "", '1: no key "version", expected version, base, sources'),
@@ -157,12 +157,21 @@ def test_anchors_and_merge_keys_are_fine(tmp_path: Path) -> None:
         ('"model.layers.{0-3}.self_attn.*_proj"', "3", "9: rules.1.match: found 3, expected a str"),
         ("{0-7,12}", "{7-0}", "8: rules.0: match .*range 7-0 runs backwards"),
         ("shared_experts", "(", "10: rules.2: match .*cannot be a regular expression"),
-        ("widen", "widn", "12: options.mixed_fused: found .widn., expected 'widen' or 'error'"),
+        (
+            "widen",
+            "widn",
+            "12: options.mixed_fused: found .widn., expected 'widen' or 'error'. Corr",
+        ),
         ("mixed_fused", "mixd_fused", "12: options.mixd_fused: unknown key.* Nearest: mixed_fused"),
         (
             "options:\n  mixed_fused: widen",
             "options: 3\nx:",
-            "11: options: found 3, expected a map",
+            r"11: options: found 3, expected a mapping\. Correct it\.$",
+        ),
+        (
+            "options:\n  mixed_fused: widen",
+            "options:\nx:",
+            r"11: options: found None, expected a mapping\. Remove the empty key\.$",
         ),
         ("options:", "path: /x\noptions:", "11: path: unknown key, expected one of version, base"),
         ("{path: /models/Qwen3-30B-A3B}", "/models", '4: sources.bf16: found "/models", expected'),
@@ -206,7 +215,8 @@ def test_every_error_is_reported_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "[]", "plan", "3"])
 def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    assert re.match("1: found .*, expected a mapping with version:", error_of(tmp_path, text))
+    expected = "1: found .*, expected a mapping with version:.* vllm-mixprec plan write"
+    assert re.match(expected, error_of(tmp_path, text))
 
 
 @pytest.mark.parametrize(
@@ -272,9 +282,10 @@ def test_plan_from_a_dict_has_a_folder_but_no_file(tmp_path: Path) -> None:
     [
         ({"base": "b"}, r'^plan: base: source "b" is not among the sources, expected one of a\.'),
         ({"rules": [{"match": "{", "source": "a"}]}, r"^plan: rules\.0: match .*brace"),
-        ({"rules": {"match": "x"}}, "^plan: rules: found .*, expected a list"),
+        ({"rules": {"match": "x"}}, r"^plan: rules: found .*, expected a list\. Correct it\.$"),
+        ({"rules": None}, r"^plan: rules: found None, expected a list\. Remove the empty key\.$"),
         ({"extra": 1}, "^plan: extra: unknown key"),
-        ({"sources": {}}, "^plan: sources: found {}: "),
+        ({"sources": {}}, r"^plan: sources: found {}: .* Correct it\.$"),
     ],
 )
 def test_error_of_a_dict_says_the_key(change: dict[str, Any], error: str) -> None:

@@ -95,6 +95,11 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
         )
     config_file = path / "config.json"
     config = _parse_object(config_file, _read_json(config_file))
+    if _is_composed(config):
+        raise CheckpointError(
+            f"{path}: a directory that compose made, expected a checkpoint's. Name one of its "
+            "sources, sources/NAME in it."
+        )
     container, notes = _choose_container(path)
     with collector_paused():
         shards = Shards(path, container)
@@ -141,6 +146,11 @@ def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | Non
     directory = local_path(path_or_hub_id, base_dir)
     if directory.is_dir():
         return directory.resolve()
+    if directory.exists():
+        raise CheckpointError(
+            f"{directory}: a file, expected the directory of a checkpoint. Name the directory that "
+            "the file lies in."
+        )
     if not _HUB_ID.fullmatch(path_or_hub_id):
         raise CheckpointError(
             f"{directory}: no such directory, and {path_or_hub_id!r} is not a hub id "
@@ -383,6 +393,11 @@ def _mark_unread(module: Module) -> Module:
         if spec.dtype in UNREAD_DTYPES and suffix not in unused
     )
     return replace(module, problems=problems) if problems else module
+
+
+def _is_composed(config: dict[str, Any]) -> bool:
+    found = _quantization_config(config)
+    return isinstance(found, dict) and found.get("quant_method") == "mixprec"
 
 
 def _quantization_config(config: dict[str, Any]) -> Any:

@@ -3,7 +3,9 @@
 
 import argparse
 import re
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from vllm_mixprec.cli.output import (
     print_json,
     print_table,
 )
-from vllm_mixprec.composition import composed_plan
+from vllm_mixprec.composition import composed_plan, composed_quantization, plan_change
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Finding, Platform, Report, check
@@ -100,9 +102,10 @@ def _platform(text: str) -> Platform:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the plan, print the report, return the exit code."""
-    arguments.plan = composed_plan(arguments.plan) or arguments.plan
+    directory = arguments.plan
+    arguments.plan = composed_plan(directory) or directory
     with nullcontext() if arguments.deep else collector_paused():
-        report = _check(arguments)
+        report = _check(arguments, composed_quantization(directory) or {})
         if arguments.json:
             print_json(_describe(report, arguments))
         else:
@@ -123,13 +126,13 @@ def _describe(report: Report, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check(arguments: argparse.Namespace) -> Report:
+def _check(arguments: argparse.Namespace, quantization: Mapping[str, Any]) -> Report:
     try:
         plan = Plan.from_yaml(arguments.plan)
     except PlanError as error:
         return Report(_plan_findings(arguments.plan, error), (), None)
     with Progress() as progress:
-        return check(
+        report = check(
             plan,
             tensor_parallel_size=arguments.tensor_parallel_size,
             pipeline_parallel_size=arguments.pipeline_parallel_size,
@@ -139,6 +142,11 @@ def _check(arguments: argparse.Namespace) -> Report:
             draft=arguments.mtp,
             deep=arguments.deep,
         )
+    changed = plan_change(plan, quantization)
+    if changed is None:
+        return report
+    finding = Finding("error", "plan-invalid", str(arguments.plan), changed)
+    return replace(report, findings=(finding, *report.findings), table=None)
 
 
 def _plan_findings(plan: Path, error: PlanError) -> tuple[Finding, ...]:

@@ -85,9 +85,10 @@ def draft_rules(choice: Choice, base: Checkpoint, source: Checkpoint) -> list[Dr
     held = {layer_of(name) for name, module in found.items() if module is not None}
     held -= {layer_of(name) for name, module in found.items() if module is None}
     if not held:
+        lacking = next(name for name, module in found.items() if module is None)
         raise RouteError(
-            f"source {source.name!r} ({source.path}): no layer has all of the base's {label}, e.g. "
-            f"{wanted[0].name}. Choose a checkpoint of the same model."
+            f"source {source.name!r} ({source.path}): no layer has all of the base's {label}; it "
+            f"lacks e.g. {lacking}. Choose a checkpoint of the same model."
         )
     taken = [module for module in wanted if layer_of(module.name) in held]
     comment = _describe(label, [m for module in taken if (m := found[module.name]) is not None])

@@ -16,7 +16,8 @@ from vllm_mixprec.cli.output import (
     print_json,
     print_table,
 )
-from vllm_mixprec.composition import composed_plan
+from vllm_mixprec.composition import composed_plan, composed_quantization, plan_change
+from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import RouteTable, load_route_table
 from vllm_mixprec.routing.findings import format_bytes
@@ -49,20 +50,35 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         metavar="SOURCE",
+        type=_source,
         help="a checkpoint directory, a hub id, a plan, or a directory made by compose",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     return parser
 
 
+def _source(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("'', expected a directory, a hub id or a plan")
+    return text
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Describe the source, return 1 when something in it does not fit together."""
+    """Describe the source, return 1 when something in it does not fit together.
+
+    Raises:
+        PlanError: the plan of a composed directory is not the one that was composed.
+    """
     source = Path(arguments.source).expanduser()
     plan = source if source.is_file() else composed_plan(source)
     with Progress() as progress:
         progress("reading headers", 0, 1)
         if plan is not None:
-            table = load_route_table(Plan.from_yaml(plan))
+            read = Plan.from_yaml(plan)
+            changed = plan_change(read, composed_quantization(source) or {})
+            if changed is not None:
+                raise PlanError(f"{plan}: {changed}")
+            table = load_route_table(read)
         else:
             path = resolve_path(arguments.source, arguments.revision, None)
             checkpoint = open_checkpoint(path)
@@ -147,7 +163,10 @@ def _print_model(path: Path, described: Mapping[str, Any]) -> None:
 def _print_checkpoint(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
     described = describe_checkpoint(checkpoint)
     _print_model(checkpoint.path, described)
-    formats = (f"{item['format']} ({item['modules']} modules)" for item in described["formats"])
+    formats = (
+        f"{item['format']} ({item['modules']} module{'s' if item['modules'] > 1 else ''})"
+        for item in described["formats"]
+    )
     print(f"  formats       {', '.join(formats)}")
     totals: dict[tuple[Kind, str], Counter[str]] = {}
     for module in checkpoint.modules.values():

@@ -25,6 +25,7 @@ from vllm_mixprec.cli.output import (
     print_bytes_by_source,
     print_json,
 )
+from vllm_mixprec.composition import SOURCES_FOLDER, composed_plan
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.plan.yaml_file import has_comments
@@ -236,6 +237,11 @@ def _choices(arguments: argparse.Namespace) -> list[Choice]:
 def _open(name: str, spelt: str, folder: Path) -> DraftSource:
     """Open a source: a directory below the working directory, else a hub id."""
     directory = Path(spelt).expanduser()
+    if composed_plan(directory) is not None:
+        raise PlanError(
+            f"{directory}: made by compose, expected a checkpoint. Name one of its sources, "
+            f"{directory / SOURCES_FOLDER / 'NAME'}."
+        )
     if directory.is_dir():
         path = spell_path(directory, folder)
         return DraftSource(name, path, None, open_checkpoint(directory, name))

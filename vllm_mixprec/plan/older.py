@@ -66,7 +66,9 @@ def read_older(data: Mapping[str, Any], where: Where) -> tuple[dict[str, Any], l
     else:
         return None
     if not isinstance(block, Mapping):
-        raise PlanError(f"{where(at)}: found {show(block)}, expected a mapping with NAME_path.")
+        raise PlanError(
+            f"{where(at)}: found {show(block)}, expected a mapping with NAME_path. Correct it."
+        )
     own = {_MAPPING, base_key} if outer is block else {_MAPPING}
     paths = [
         key for key in block if isinstance(key, str) and key.endswith(_PATH) and key not in own

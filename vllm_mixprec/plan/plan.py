@@ -154,7 +154,10 @@ def _build(
 ) -> Plan:
     """Validate, then connect: every error of one stage is reported at once."""
     if not isinstance(data, Mapping):
-        raise PlanError(f"{where(())}: found {show(data)}, expected a mapping with {_SHAPE}.")
+        raise PlanError(
+            f"{where(())}: found {show(data)}, expected a mapping with {_SHAPE}. Write them, or "
+            "have vllm-mixprec plan write them."
+        )
     older = read_older(data, where)
     if older is not None:
         data, dropped = older
@@ -252,9 +255,13 @@ def _explain(error: Any, where: Where) -> str:
             known = choices(location[-1], _keys(location))
             return f"{where(location)}: unknown key, expected {known}"
         case "literal_error":
-            return f"{where(location)}: found {found}, expected {error['ctx']['expected']}."
+            expected = error["ctx"]["expected"]
+            return f"{where(location)}: found {found}, expected {expected}. Correct it."
         case "int_type" | "greater_than_equal" | "less_than_equal":
-            return f"{where(location)}: found {found}, expected 1, the version that is read here."
+            return (
+                f"{where(location)}: found {found}, expected 1, the version that is read here. "
+                "Write version: 1."
+            )
         case "string_pattern_mismatch":
             return f"{where(location)}: found {found}, expected text in one line. Correct it."
         case "string_type":
@@ -262,9 +269,11 @@ def _explain(error: Any, where: Where) -> str:
         case "model_type" | "model_attributes_type" | "dict_type" | "list_type":
             kind = "a list" if error["type"] == "list_type" else "a mapping"
             keys = "" if len(location) == 1 else f" with {', '.join(_keys((*location, '')))}"
-            return f"{where(location)}: found {found}, expected {kind}{keys}."
+            is_empty = error["input"] is None and location in (("rules",), ("options",))
+            remedy = "Remove the empty key." if is_empty else "Correct it."
+            return f"{where(location)}: found {found}, expected {kind}{keys}. {remedy}"
         case _:
-            return f"{where(location)}: found {found}: {error['msg']}."
+            return f"{where(location)}: found {found}: {error['msg']}. Correct it."
 
 
 def _keys(location: Location) -> list[str]:

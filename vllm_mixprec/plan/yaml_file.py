@@ -17,6 +17,7 @@ MAX_SCALARS = 250_000
 MAX_ALIASED_NODES = 100_000
 """How many nodes the aliases of a file may repeat: far above use, far below a "billion laughs"."""
 
+_SHARD_ENDS = (".safetensors", ".bin")
 _NAMED = 3  # files that a message lists
 
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -75,6 +76,11 @@ def has_comments(file: Path) -> bool:
 
 
 def _read(file: Path) -> bytes:
+    if file.suffix in _SHARD_ENDS:
+        raise PlanError(
+            f"{file}: a shard of a checkpoint, expected a plan's YAML file. vllm-mixprec inspect "
+            f"{file.parent} shows what its directory holds."
+        )
     try:
         with open(file, "rb") as stream:
             raw = stream.read(MAX_FILE_BYTES + 1)
