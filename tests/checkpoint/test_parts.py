@@ -197,6 +197,29 @@ def test_stacked_experts_of_any_format(name: str, tmp_path: Path) -> None:
             assert torch.equal(weight, stored.weight[rows].float() * factor), (expert, part)
 
 
+def test_a_scale_a_row_of_transposed_experts_may_stand_upright(tmp_path: Path) -> None:
+    """transformers, integrations/fbgemm_fp8.py: (E, 1, N) of gate and up, (E, N, 1) of down."""
+    stored = {
+        "gate_up_proj": FORMATS["fp8-channel"]((512, 256)),
+        "down_proj": FORMATS["fp8-channel"]((256, 256)),
+    }
+    tensors = {}
+    for name, one in stored.items():
+        weight, scale = (one.tensors[suffix] for suffix in ("weight", "weight_scale"))
+        tensors[f"{EXPERTS}.{name}"] = torch.stack([weight.t()] * 2)
+        tensors[f"{EXPERTS}.{name}_scale"] = torch.stack(
+            [factor * (scale.t() if name == "gate_up_proj" else scale) for factor in (1, 2)]
+        )
+    modules = open_stored(tmp_path, tensors, stored["down_proj"]).modules
+    for part, rows in {**GATE_UP, "down_proj": slice(0, 256)}.items():
+        expected = stored["gate_up_proj" if part in GATE_UP else part].weight[rows].float()
+        for expert in range(2):
+            module = modules[f"{EXPERTS}.{expert}.{part}"]
+            assert (module.scheme.label, module.problems) == ("fp8_channel", ())
+            weight = dequantize(module.scheme, read_module(module), torch.float32)
+            assert torch.equal(weight, expected * (expert + 1)), (part, expert)
+
+
 def test_one_scale_of_all_experts_is_repeated(tmp_path: Path) -> None:
     stored = FORMATS["fp8-tensor"]((512, 256))
     tensors = {

@@ -88,6 +88,7 @@ def test_sound_checkpoint_agrees(tmp_path: Path, fp8: bool) -> None:
 def test_exported_checkpoints_agree(folder: Path) -> None:
     report = check_base(folder)
     assert not any(f.code.startswith(("config-", "experts-")) for f in report.findings)
+    assert not any(f.code == "module-missing" for f in report.findings)
     assert report.ok
 
 
@@ -177,6 +178,87 @@ def test_source_may_lack_rotary_frequencies(tmp_path: Path) -> None:
         }
     )
     assert check(plan, platform=CPU).findings == ()
+
+
+# What the base lacks.
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.embed_tokens", "expected as the model's embeddings"),
+        ("model.norm", "expected as the norm behind the last layer"),
+        ("lm_head", "config.json does not tie the output head"),
+        (f"{LAYER}.input_layernorm", "other layers of its kind have it"),
+        (f"{LAYER}.self_attn", "other layers of its kind have it"),
+        (f"{LAYER}.self_attn.o_proj", "other layers of its kind have it"),
+        (f"{LAYER}.mlp.gate", "other layers of its kind have it"),
+        (f"{LAYER}.mlp.shared_experts.up_proj", "other layers of its kind have it"),
+        (f"{EXPERTS}.*.up_proj", "other layers of its kind have it"),
+        # Of the only dense layer.
+        ("model.layers.0.self_attn.q_a_proj", "other layers of its kind have it"),
+        ("model.layers.0.mlp.up_proj", "as the model's experts have it"),
+    ],
+)
+def test_module_that_the_base_lacks(tmp_path: Path, name: str, said: str) -> None:
+    lost = [f"{name.replace('*', str(expert))}." for expert in range(4)]
+    report = check_tiny(tmp_path, drop(*lost))
+    expect_error(report, "module-missing", name, said, "Download the checkpoint again")
+    assert {finding.code for finding in report.findings} <= {"module-missing", "config-indexer"}
+
+
+def test_router_that_kept_its_bias_alone(tmp_path: Path) -> None:
+    name = f"{LAYER}.mlp.gate"
+    expect_error(check_tiny(tmp_path, drop(f"{name}.weight")), "module-missing", name)
+
+
+def test_module_that_layers_lack_is_one_finding(tmp_path: Path) -> None:
+    config = TINY_GLM | {"num_hidden_layers": 8}
+    header = glm_header(config)
+    drop("model.layers.2.self_attn.o_proj", "model.layers.5.self_attn.o_proj")(header)
+    report = check_base(write_checkpoint(tmp_path, config, header))
+    finding = expect_error(report, "module-missing", "model.layers.*.self_attn.o_proj")
+    assert "2 modules: model.layers.2.self_attn.o_proj, model.layers.5." in finding.message
+
+
+def test_module_that_many_layers_lack_is_how_they_are_made(tmp_path: Path) -> None:
+    """As where layers share keys and values, whatever config.json calls that."""
+    config = TINY_GLM | {"num_hidden_layers": 8}
+    header = glm_header(config)
+    drop(*(f"model.layers.{index}.self_attn.kv_" for index in (2, 3, 6, 7)))(header)
+    assert check_base(write_checkpoint(tmp_path, config, header)).findings == ()
+
+
+@pytest.mark.parametrize("layers", [4, 5])  # without and with the MTP layer
+def test_layers_of_unlike_kinds_are_not_compared(tmp_path: Path, layers: int) -> None:
+    kinds = ["sliding", "sliding", "full", "sliding", "sliding"][:layers]
+    lost = drop(f"{LAYER}.self_attn.o_proj")
+    assert check_tiny(tmp_path, lost, {"layer_types": kinds}).findings == ()
+
+
+def test_module_that_the_mtp_layer_lacks_matters_only_to_a_draft(tmp_path: Path) -> None:
+    name = "model.layers.4.self_attn.o_proj"
+    assert check_tiny(tmp_path, drop(name)).findings == ()
+    expect_error(check_base(tmp_path, draft=True), "module-missing", name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": None, "model_type": "lfm2_moe"},
+        {"tie_word_embeddings": None, "n_routed_experts": None, "first_k_dense_replace": None},
+        {"architectures": ["GlmMoeDsaModel"]},
+    ],
+)
+def test_model_without_a_head_of_its_own(tmp_path: Path, changes: dict[str, Any]) -> None:
+    report = check_tiny(tmp_path, drop("lm_head"), changes)
+    assert not any(finding.code == "module-missing" for finding in report.findings)
+
+
+def test_tied_embeddings_are_what_the_family_s_config_says(tmp_path: Path) -> None:
+    report = check_tiny(tmp_path, drop("lm_head"), {"tie_word_embeddings": None})
+    expect_error(report, "module-missing", "lm_head")
 
 
 # Experts.
@@ -271,27 +353,76 @@ def test_architecture_that_no_plan_can_follow(tmp_path: Path) -> None:
     expect_config_error(report, tmp_path, "architecture-unmixable", "GptOssForCausalLM")
 
 
-@pytest.mark.parametrize(
-    ("down_proj", "codes"),
-    [((4, 256, 128), []), ((4, 128, 256), []), ((4, 128, 128), ["experts-fused"])],
-)
-def test_stacked_experts_are_told_apart_where_sizes_fit(
-    tmp_path: Path, down_proj: tuple[int, ...], codes: list[str]
-) -> None:
-    """By rows, by columns, and of an inner size that contradicts the other tensor's."""
+def stack(gate_up_proj: tuple[int, ...], down_proj: tuple[int, ...]) -> Callable[[Header], None]:
+    """Put the experts of LAYER into two tensors."""
 
-    def stack(header: Header) -> None:
+    def edit(header: Header) -> None:
         drop(EXPERTS)(header)
-        header[f"{EXPERTS}.gate_up_proj"] = ("BF16", (4, 256, 256))
+        header[f"{EXPERTS}.gate_up_proj"] = ("BF16", gate_up_proj)
         header[f"{EXPERTS}.down_proj"] = ("BF16", down_proj)
 
-    report = check_tiny(tmp_path, stack)
-    assert [finding.code for finding in report.findings] == codes
-    if not codes:
-        return
-    finding = only(report, "experts-fused")
-    assert finding.level == "warning"
-    assert finding.where == EXPERTS
+    return edit
+
+
+@pytest.mark.parametrize("down_proj", [(4, 256, 128), (4, 128, 256)])
+def test_stacked_experts_are_told_apart_where_sizes_fit(
+    tmp_path: Path, down_proj: tuple[int, ...]
+) -> None:
+    """By rows and by columns."""
+    assert check_tiny(tmp_path, stack((4, 256, 256), down_proj)).findings == ()
+
+
+def test_stacked_experts_of_unlike_sizes_are_a_warning(tmp_path: Path) -> None:
+    """Where config.json has no size that one of them contradicts."""
+    changes = {"moe_intermediate_size": None}
+    finding = only(
+        check_tiny(tmp_path, stack((4, 256, 256), (4, 128, 128)), changes), "experts-fused"
+    )
+    assert (finding.level, finding.where) == ("warning", EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("gate_up_proj", "down_proj", "code", "leaf", "said"),
+    [
+        ((3, 256, 256), (4, 256, 128), "config-experts", "gate_up_proj", "holds 3 experts, expe"),
+        ((4, 256, 256), (5, 256, 128), "config-experts", "down_proj", "5 experts, expected 4"),
+        (
+            (4, 200, 256),
+            (4, 256, 128),
+            "config-sizes",
+            "gate_up_proj",
+            "has shape [4, 200, 256], expected [4, 256, 256], or rows and columns exchanged",
+        ),
+        (
+            (4, 256, 256),
+            (4, 128, 128),
+            "config-sizes",
+            "down_proj",
+            "has shape [4, 128, 128], expected [4, 256, 128]",
+        ),
+    ],
+)
+def test_stacked_experts_that_the_config_contradicts(
+    tmp_path: Path,
+    gate_up_proj: tuple[int, ...],
+    down_proj: tuple[int, ...],
+    code: str,
+    leaf: str,
+    said: str,
+) -> None:
+    report = check_tiny(tmp_path, stack(gate_up_proj, down_proj))
+    expect_error(report, code, f"{EXPERTS}.{leaf}", said)
+    assert [finding.code for finding in report.findings] == [code]
+
+
+def test_stacked_modules_that_the_config_contradicts(tmp_path: Path) -> None:
+    def dotted(header: Header) -> None:
+        stack((3, 256, 256), (4, 256, 128))(header)
+        for leaf in ("gate_up_proj", "down_proj"):
+            header[f"{EXPERTS}.{leaf}.weight"] = header.pop(f"{EXPERTS}.{leaf}")
+
+    report = check_tiny(tmp_path, dotted)
+    expect_error(report, "config-experts", f"{EXPERTS}.gate_up_proj.weight", "holds 3 experts")
 
 
 # Groups of experts.

@@ -2,13 +2,23 @@
 """One test for each thing that DESIGN.md section 2 says ``check`` finds."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.routing.models import CPU, Tensor, edit_json, edit_tensors, make_plan, only
+from tests.routing.models import (
+    ARCHITECTURES,
+    CPU,
+    OF_ARCHITECTURES,
+    Tensor,
+    edit_json,
+    edit_tensors,
+    make_plan,
+    only,
+)
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import Finding, Platform, Report, check
 
@@ -198,6 +208,91 @@ def test_another_router_in_another_dtype_differs(models: Path, dtype: str) -> No
     edit_tensors(models / "gptq" / "model.safetensors", cast_router(1.05, dtype))
     report = check_here(make_plan(("**.experts.0", "gptq"), folder=models))
     only(report, "router-mismatch")
+
+
+def test_router_of_another_shape(models: Path) -> None:
+    def cut(tensors: dict[str, Tensor]) -> None:
+        name = "model.layers.1.mlp.gate.weight"
+        dtype, (rows, columns), data = tensors[name]
+        tensors[name] = (dtype, [rows // 2, columns], data[: len(data) // 2])
+
+    edit_tensors(models / "fp8" / "model.safetensors", cut)
+    expect_error(
+        check_here(make_plan(("**.experts.0", "fp8"), folder=models)),
+        "router-mismatch",
+        "model.layers.1.mlp.gate",
+        "source 'fp8' has a router of shape [4, 256], expected [8, 256] as base 'bf16'",
+    )
+
+
+def quantize_router(tensors: dict[str, Tensor]) -> None:
+    name = "model.layers.1.mlp.gate.weight"
+    _, shape, data = tensors[name]
+    tensors[name] = ("F8_E4M3", shape, data[1::2])
+    scales = struct.pack("<8f", *[1.0] * 8)
+    tensors[f"{name}_scale"] = ("F32", [8, 1], scales)
+
+
+@pytest.mark.parametrize("quantized", ["base", "source"])
+def test_quantized_router_cannot_be_compared(models: Path, quantized: str) -> None:
+    shards = {"base": "model-00003-of-00003.safetensors", "source": "model.safetensors"}
+    folder = models / {"base": "bf16", "source": "gptq"}[quantized]
+    edit_tensors(folder / shards[quantized], quantize_router)
+    if quantized == "base":
+        edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+        index = folder / "model.safetensors.index.json"
+        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map["model.layers.1.mlp.gate.weight_scale"] = shards[quantized]
+        edit_json(index, weight_map=weight_map)
+    report = check_here(make_plan(("**.experts.0", "gptq"), folder=models))
+    finding = only(report, "router-quantized")
+    assert (finding.level, finding.where) == ("warning", "model.layers.1.mlp.gate")
+    source, whose = {
+        "base": ("bf16", "that of source 'gptq'"),
+        "source": ("gptq", "the base's"),
+    }[quantized]
+    assert finding.message.startswith(f"source {source!r} stores this router as fp8_channel")
+    assert f"it cannot be compared with {whose}" in finding.message
+
+
+def change_bias(scale: float, dtype: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        name = "model.layers.1.mlp.gate.e_score_correction_bias"
+        stored, shape, data = tensors[name]
+        assert stored == "F32"
+        values = [value * scale for (value,) in struct.iter_unpack("<f", data)]
+        code = {"F32": "f", "F16": "e", "F64": "d"}[dtype]
+        tensors[name] = (dtype, shape, struct.pack(f"<{len(values)}{code}", *values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "codes"),
+    [
+        (1.0, "F32", set()),
+        (1.0, "F16", set()),
+        (1.05, "F32", {"router-mismatch"}),
+        (1.05, "F16", {"router-mismatch"}),
+        (1.0, "F64", {"router-mismatch"}),
+    ],
+)
+def test_correction_bias_is_compared_like_the_router(
+    tmp_path: Path, scale: float, dtype: str, codes: set[str]
+) -> None:
+    folder = tmp_path / "models"
+    shutil.copytree(ARCHITECTURES / "deepseek_v3", folder)
+    edit_tensors(folder / "fp8" / "model.safetensors", change_bias(scale, dtype))
+    plan = make_plan(("**.experts", "fp8"), folder=folder, sources=OF_ARCHITECTURES)
+    report = check_here(plan)
+    assert {finding.code for finding in report.findings if finding.level == "error"} == codes
+    if codes:
+        expect_error(
+            report,
+            "router-mismatch",
+            "model.layers.1.mlp.gate.e_score_correction_bias",
+            "the router's correction bias differs between source 'fp8' and base 'bf16'",
+        )
 
 
 # Rules.

@@ -196,6 +196,26 @@ def _num_experts(tensors: Mapping[str, TensorSpec]) -> int:
     return weight.shape[0] if weight is not None and len(weight.shape) == 3 else 0
 
 
+def whole_stacks(module: Module) -> dict[str, tuple[TensorSpec, int]]:
+    """Return the weights of all experts that ``read_modules`` left in one module, whole.
+
+    Returns:
+        ``gate_up_proj`` or another projection -> its weight, and how many projections lie in it
+        along N.
+    """
+    parent, _, leaf = module.name.rpartition(".")
+    if leaf == "experts":
+        named = {name: module.tensors[name] for name in _STACKS if name in module.tensors}
+    elif leaf in _STACKS and parent.endswith(".experts"):
+        weight = next((module.tensors[name] for name in WEIGHTS if name in module.tensors), None)
+        named = {} if weight is None else {leaf: weight}
+    else:
+        return {}
+    return {
+        name: (spec, len(_STACKS[name])) for name, spec in named.items() if len(spec.shape) == 3
+    }
+
+
 def _is_transposed(stack: _Stack, text: Mapping[str, Any]) -> bool | None:
     """Tell ``(experts, K, N)`` from ``(experts, N, K)`` by the sizes; None where neither fits."""
     shapes = {
@@ -236,8 +256,13 @@ def _split_stack(
     transposed = _is_transposed(stack, text) is True
     for leaf, tensors in stack.members.items():
         fused, experts = f"{stack.name}.{leaf}", _num_experts(tensors)
+        # transformers, integrations/fbgemm_fp8.py: beside weights (experts, K, N) the scales of
+        # down_proj are (experts, N, 1), as if they were not transposed.
+        weight = tensors.get("weight")
+        upright = (experts, weight.shape[-1], 1) if weight is not None else None
         stored = {
-            suffix: _of_one_expert(spec, experts, transposed) for suffix, spec in tensors.items()
+            suffix: _of_one_expert(spec, experts, transposed and spec.shape != upright)
+            for suffix, spec in tensors.items()
         }
         one = recognise(
             fused,

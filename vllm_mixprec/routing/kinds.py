@@ -28,17 +28,19 @@ KIND_LABELS: dict[Kind, str] = {
     "other": "other",
 }
 
+MLPS = frozenset({"mlp", "feed_forward", "ffn"})
+SHARED_EXPERTS = frozenset({"shared_expert", "shared_experts"})
+
 # Dotted components that give a kind away, the first row that matches wins: attention may have a
 # gate of its own, and experts lie below the MLP.
 _COMPONENTS: tuple[tuple[frozenset[str], Kind], ...] = (
     (frozenset({"visual", "vision_tower", "vision_model", "audio_tower"}), "other"),
     (frozenset({"self_attn", "self_attention", "linear_attn", "attn", "attention"}), "attention"),
-    (frozenset({"shared_expert", "shared_experts"}), "shared_experts"),
+    (SHARED_EXPERTS, "shared_experts"),
     (frozenset({"experts"}), "routed_experts"),
 )
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "word_embeddings", "wte"})
-_MLPS = frozenset({"mlp", "feed_forward", "ffn"})
 
 
 def kind_of(module: str) -> Kind:
@@ -55,7 +57,7 @@ def kind_of(module: str) -> Kind:
         return "router"
     if leaf in _EMBEDDINGS:
         return "embeddings"
-    return "other" if parts.isdisjoint(_MLPS) else "dense_mlp"
+    return "other" if parts.isdisjoint(MLPS) else "dense_mlp"
 
 
 def layer_of(module: str) -> int | None:

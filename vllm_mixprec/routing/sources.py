@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_mixprec.checkpoint.files import reopen, require_unchanged
 from vllm_mixprec.checkpoint.formats import Module
+from vllm_mixprec.checkpoint.formats.base import PLAIN_DTYPES, WEIGHTS
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.hub import is_available, read_range
 from vllm_mixprec.checkpoint.index import Checkpoint
@@ -47,7 +48,11 @@ MODEL_SIZES = (
     "vocab_size",
 )
 ROUTER_NAMES = frozenset({"gate", "router"})
+CORRECTION_BIAS = "e_score_correction_bias"
+"""Of a router, or bare in the MoE block: what is added to the scores that choose the experts."""
+
 _ROUTER_ENDS = tuple(ROUTER_NAMES)
+_DECODED = frozenset(PLAIN_DTYPES.values())
 _SAMPLE_BYTES = 64 << 10  # of a router that would be transferred; DeepSeek-V3's 58 have 213 MB
 _COMPARED_BYTES = 256 << 10
 
@@ -113,7 +118,7 @@ def config_differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> lis
 def compare_routers(
     plan: Plan, checkpoints: Mapping[str, Checkpoint], log: FindingLog
 ) -> tuple[str, ...]:
-    """Report routers whose weights differ between the base and a source.
+    """Report routers whose weights or correction bias differ between the base and a source.
 
     Routers are never quantised, so unlike weights mean another model. These few megabytes are
     the only tensor data that ``check`` reads; where one of the two is on the hub, the first rows
@@ -127,43 +132,82 @@ def compare_routers(
     base = checkpoints[plan.base]
     num_experts = ModelDims.from_config(base.config).num_experts
     for module in base.modules.values():
-        if not _is_router(module, num_experts):
+        is_router = _is_router(module, num_experts)
+        if not is_router and CORRECTION_BIAS not in module.tensors:
             continue
         for name, checkpoint in checkpoints.items():
             other = checkpoint.find(module.name)
-            if name == plan.base or other is None or other.shape != module.shape:
+            if name == plan.base or other is None:
                 continue
-            if other.scheme.is_quantized:
-                log.add(
-                    "warning",
-                    "router-quantized",
-                    module.name,
-                    f"source {name!r} stores this router as {other.scheme.label}: it cannot be "
-                    "compared with the base's. Check that both are the same model.",
-                )
-                continue
-            weights = module.tensors["weight"], other.tensors["weight"]
-            if not all(is_available(spec.file) for spec in weights):
-                continue
-            rows = _sampled_rows(*weights)
-            if rows is not None:
-                sampled[name] = None
-                weights = weights[0].rows(rows), weights[1].rows(rows)
-            try:
-                same = same_values(*weights)
-            except CheckpointError as error:
-                log.add("error", "source-unreadable", module.name, str(error))
-                continue
-            if not same:
-                log.add(
-                    "error",
-                    "router-mismatch",
-                    module.name,
-                    f"router weights differ between source {name!r} and base {plan.base!r}. "
-                    "Routers are never quantised, so this is another model or a fine-tune of "
-                    "it: choose a checkpoint made from the base.",
-                )
+            has_weights = is_router and _are_comparable(plan, name, module, other, log)
+            for suffix in ("weight", CORRECTION_BIAS) if has_weights else (CORRECTION_BIAS,):
+                pair = module.tensors.get(suffix), other.tensors.get(suffix)
+                if pair[0] is None or pair[1] is None:
+                    continue
+                where = module.name if suffix == "weight" else pair[0].name
+                if _compare_values(plan, name, where, pair[0], pair[1], log):
+                    sampled[name] = None
     return tuple(sampled)
+
+
+def _are_comparable(plan: Plan, name: str, module: Module, other: Module, log: FindingLog) -> bool:
+    """Whether two routers' weights can be compared; report it where that itself is notable."""
+    if WEIGHTS.isdisjoint(other.tensors):
+        return False
+    if other.shape != module.shape:
+        log.add(
+            "error",
+            "router-mismatch",
+            module.name,
+            f"source {name!r} has a router of shape {list(other.shape)}, expected "
+            f"{list(module.shape)} as base {plan.base!r}: this is another model. Choose a "
+            "checkpoint made from the base.",
+        )
+        return False
+    for source, router, whose in (
+        (name, other, "the base's"),
+        (plan.base, module, f"that of source {name!r}"),
+    ):
+        if router.scheme.is_quantized:
+            log.add(
+                "warning",
+                "router-quantized",
+                module.name,
+                f"source {source!r} stores this router as {router.scheme.label}: it cannot be "
+                f"compared with {whose}. Check that both are the same model.",
+            )
+            return False
+    return True
+
+
+def _compare_values(
+    plan: Plan, name: str, where: str, one: TensorSpec, other: TensorSpec, log: FindingLog
+) -> bool:
+    """Report a router's tensor that differs; return whether only the first rows were compared."""
+    what = "router weights differ" if where != one.name else "the router's correction bias differs"
+    is_sampled = False
+    if one.shape == other.shape:
+        if not (is_available(one.file) and is_available(other.file)):
+            return False
+        rows = _sampled_rows(one, other)
+        if rows is not None:
+            is_sampled = True
+            one, other = one.rows(rows), other.rows(rows)
+        try:
+            if same_values(one, other):
+                return is_sampled
+        except CheckpointError as error:
+            log.add("error", "source-unreadable", where, str(error))
+            return is_sampled
+    log.add(
+        "error",
+        "router-mismatch",
+        where,
+        f"{what} between source {name!r} and base {plan.base!r}. "
+        "Routers are never quantised, so this is another model or a fine-tune of "
+        "it: choose a checkpoint made from the base.",
+    )
+    return is_sampled
 
 
 def _sampled_rows(one: TensorSpec, other: TensorSpec) -> range | None:
@@ -179,8 +223,7 @@ def _is_router(module: Module, num_experts: int | None) -> bool:
     return (
         module.name.endswith(_ROUTER_ENDS)
         and leaf_name(module.name) in ROUTER_NAMES
-        and not module.scheme.is_quantized
-        and "weight" in module.tensors
+        and not WEIGHTS.isdisjoint(module.tensors)
         and len(module.shape) == 2
         and num_experts in (None, module.shape[0])
     )
@@ -190,6 +233,8 @@ def same_values(one: TensorSpec, other: TensorSpec) -> bool:
     """Compare two tensors' values; of unlike dtypes, up to the rounding of the coarser one."""
     if one.dtype == other.dtype:
         return _same_bytes(one, other)
+    if not {one.dtype, other.dtype} <= _DECODED:
+        return False
     one_data, other_data = _read_data(one), _read_data(other)
     pairs = zip(_decode(one.dtype, one_data), _decode(other.dtype, other_data), strict=True)
     return all(abs(a - b) <= _ROUNDING * max(abs(a), abs(b)) + _SMALLEST for a, b in pairs)
@@ -226,7 +271,7 @@ def _read_data(spec: TensorSpec) -> bytes:
 
 
 def _decode(dtype: str, data: bytes) -> array.array[float] | tuple[float, ...]:
-    """Decode little-endian BF16, F16 or F32."""
+    """Decode little-endian values of a dtype in ``_DECODED``."""
     if dtype == "F16":
         return struct.unpack(f"<{len(data) // 2}e", data)
     if dtype == "BF16":  # the upper half of a float32
