@@ -336,6 +336,147 @@ def test_half_of_an_expert_is_not(
     )
 
 
+@pytest.mark.parametrize("folder", ["glm4_moe", "deepseek_v3"])
+def test_factors_that_stay_within_an_attention_layer_are_right(folder: str, tmp_path: Path) -> None:
+    """Where heads share values, and where they lie behind each head's keys."""
+    base, source = tmp_path / "bf16", tmp_path / "folded"
+    for copy in (base, source):
+        shutil.copytree(ARCHITECTURES / folder / "bf16", copy)
+    attention = "model.layers.0.self_attn"
+    values = f"{attention}.{'v' if folder == 'glm4_moe' else 'kv_b'}_proj.weight"
+
+    def change(tensors: Tensors) -> None:
+        torch.manual_seed(0)
+        rows, out = tensors[values], tensors[f"{attention}.o_proj.weight"]
+        heads = {"glm4_moe": 4, "deepseek_v3": 2}[folder]
+        size = out.shape[1] // heads
+        factors = torch.rand(2, size) * 1.5 + 0.5  # both have two heads of values
+        columns = factors.repeat_interleave(heads // 2, 0).flatten()
+        with_keys = torch.ones(2, len(rows) // 2)
+        with_keys[:, -size:] = factors
+        tensors[values] = (rows.float() / with_keys.flatten()[:, None]).bfloat16()
+        tensors[f"{attention}.o_proj.weight"] = (out.float() * columns).bfloat16()
+
+    edit(merge(source), change)
+    sources = ("bf16", "folded")
+    plan = make_plan(("**.self_attn", "folded"), folder=tmp_path, sources=sources)
+    assert [f for f in deep(plan).findings if f.level == "error"] == []
+    plan = make_plan(("**.self_attn.o_proj", "folded"), folder=tmp_path, sources=sources)
+    expect(deep(plan), "weights-rescaled", f"{attention}.o_proj", values.split(".")[-2])
+
+
+# Damage that looks like a folded scale: what would take it back is of the same source.
+
+
+def test_damaged_block_is_no_folded_scale(models: Path) -> None:
+    name = f"{EXPERTS}.3.gate_proj"
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{name}.weight_scale_inv"][0, 0] *= 128
+
+    edit(models / "fp8", change)
+    for rule in ("model.layers", "**.experts"):  # with the norm before it, and without
+        report = deep(make_plan((rule, "fp8"), folder=models))
+        expect(report, "weights-differ", name, "scales are damaged")
+        assert "weights-rescaled" not in {f.code for f in report.findings}
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        (f"{EXPERTS}.3.up_proj", "model.layers.*.mlp.experts.*.down_proj of that source"),
+        (f"{EXPERTS}.3.gate_proj", "nothing that the package knows"),
+        ("model.layers.0.self_attn.v_proj", "model.layers.*.self_attn.o_proj of that source"),
+    ],
+)
+def test_damaged_rows_are_no_folded_scale(models: Path, name: str, where: str) -> None:
+    """Half as large as the weight, that is 4 roundings of what is then stored."""
+
+    def change(tensors: Tensors) -> None:
+        torch.manual_seed(0)
+        scales = tensors[f"{name}.scales"]
+        tensors[f"{name}.scales"] = (scales * (torch.rand(scales.shape[1]) * 1.5 + 0.5)).half()
+
+    edit(models / "gptq", change)
+    report = deep(make_plan(("**.*_proj", "gptq"), folder=models))
+    expect(report, "weights-differ", name, "a factor for each of its rows that", where)
+    assert "weights-rescaled" not in {f.code for f in report.findings}
+
+
+def test_norm_that_comes_along_without_the_factors_is_found(models: Path, folded: Path) -> None:
+    norm = "model.layers.0.input_layernorm.weight"
+
+    def change(tensors: Tensors) -> None:
+        before = tensors[norm]
+        fold(tensors, 0, "input_layernorm", QKV)
+        tensors[norm] = before
+
+    edit(folded, change)
+    rules = (("**.self_attn.{q,k,v}_proj", "fp8"), ("**.input_layernorm", "fp8"))
+    found = [f for f in deep(make_plan(*rules, folder=models)).findings if f.level == "error"]
+    assert {(f.code, f.where) for f in found} == {
+        ("weights-differ", f"model.layers.0.self_attn.{part}_proj") for part in "qkv"
+    }
+    for finding in found:
+        said = "its columns that is not taken back in model.layers.*.input_layernorm of"
+        assert said in finding.message
+
+
+def test_other_factors_in_the_other_half_are_found(models: Path, folded: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        scale_intermediate(tensors)
+        down = f"{EXPERTS}.3.down_proj.weight"
+        factors = torch.rand(tensors[down].shape[1]) * 1.5 + 0.5
+        tensors[down] = (tensors[down].float() * factors).bfloat16()
+
+    edit(folded, change)
+    report = deep(make_plan(("**.experts", "fp8"), folder=models))
+    assert {(f.code, f.where) for f in report.findings if f.level == "error"} == {
+        ("weights-differ", f"{EXPERTS}.3.{part}_proj") for part in ("up", "down")
+    }
+
+
+@pytest.mark.parametrize("factor", [2.0, 1.5, 0.7])
+def test_scales_that_grew_alike(models: Path, factor: float) -> None:
+    """The bound is in units of the scales that are stored, and grows with them."""
+
+    def change(tensors: Tensors) -> None:
+        for part in ("gate", "up", "down"):
+            tensors[f"{EXPERTS}.3.{part}_proj.scales"] *= factor
+
+    edit(models / "gptq", change)
+    found = deep(make_plan(("**.experts", "gptq"), folder=models)).findings
+    errors = {f.where: f.message for f in found if f.level == "error"}
+    assert set(errors) == {f"{EXPERTS}.3.{part}_proj" for part in ("gate", "up", "down")}
+    for message in errors.values():
+        found_percent = float(message.partition(" as a whole ")[2].partition(" %")[0])
+        assert found_percent == pytest.approx(100 * factor, rel=0.01)  # but for rounding
+
+
+def test_vector_that_is_twice_as_large(models: Path, folded: Path) -> None:
+    name = "model.layers.0.self_attn.q_norm"
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{name}.weight"] *= 2
+
+    edit(folded, change)
+    report = deep(make_plan((name, "fp8"), folder=models))
+    expect(report, "weights-differ", name, "as a whole 200 %")
+
+
+def test_factor_of_a_whole_weight_that_is_taken_back(models: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{EXPERTS}.3.up_proj.scales"] *= 2
+        tensors[f"{EXPERTS}.3.down_proj.scales"] /= 2
+
+    edit(models / "gptq", change)
+    assert deep(make_plan(("**.experts", "gptq"), folder=models)).ok
+    report = deep(make_plan(("**.experts.*.up_proj", "gptq"), folder=models))
+    expect(
+        report, "weights-rescaled", f"{EXPERTS}.3.up_proj", "experts.*.down_proj, which the plan"
+    )
+
+
 # What is not read.
 
 

@@ -8,7 +8,7 @@ the base, some rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm, prod
 
 import torch
@@ -18,9 +18,9 @@ from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.hub import is_available
 from vllm_mixprec.checkpoint.index import Checkpoint
-from vllm_mixprec.routing.disagreement import Comparison, FoldedFit
+from vllm_mixprec.routing.disagreement import Comparison, FoldedFit, Inverse, Side
 from vllm_mixprec.routing.findings import FindingLog
-from vllm_mixprec.routing.norms import is_feeding_norm
+from vllm_mixprec.routing.norms import feeding_norm, is_feeding_norm
 from vllm_mixprec.routing.route import Route
 from vllm_mixprec.routing.stored import (
     ORDERS,
@@ -33,22 +33,27 @@ from vllm_mixprec.routing.stored import (
 )
 from vllm_mixprec.routing.structure import ModelDims
 from vllm_mixprec.routing.table import RouteTable
-from vllm_mixprec.routing.verdicts import Verdicts
+from vllm_mixprec.routing.verdicts import Verdicts, other_halves
 
 _CHUNK_WEIGHTS = 1 << 19  # 2 MiB in float32, of which some fifteen live at a time
 _FOLD_PASSES = 4  # over a weight, to find factors of rows and of columns that both vary
 
 _FORMATS = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
+_SIDES: tuple[Side, ...] = ("columns", "rows")
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One tensor, or one weight with what belongs to it, and the base's where that is another."""
+    """One tensor, or one weight with what belongs to it, and the base's where that is another.
+
+    ``inverse``: what the source's weight is multiplied by before it is compared.
+    """
 
     name: str
     route: Route
     source: StoredWeight
     base: StoredWeight | None
+    inverse: Inverse | None = None
 
     @property
     def chunks(self) -> Iterator[tuple[int, int]]:
@@ -60,6 +65,18 @@ class _Pair:
         for low in range(0, n, rows):
             yield low, min(low + rows, n)
 
+    def scale2(self, low: int, high: int) -> torch.Tensor | None:
+        """Squares of what the source's rows are multiplied by, (rows, K)."""
+        if self.inverse is None:
+            return None
+        return (self.inverse.rows[low:high, None] * self.inverse.columns).square()
+
+    def take_back(self, weight: torch.Tensor, low: int) -> torch.Tensor:
+        """Return the source's rows from ``low`` on without what was folded into them."""
+        if self.inverse is None:
+            return weight
+        return weight * self.inverse.rows[low : low + len(weight), None] * self.inverse.columns
+
 
 def examine(
     table: RouteTable,
@@ -69,8 +86,9 @@ def examine(
 ) -> None:
     """Read every tensor that is served and report what is wrong with it.
 
-    Some 50 MiB of tensors live at a time, besides the stored words of one GPTQ or AWQ module and
-    of its counterpart, and a kilobyte for each weight that was read.
+    Some 50 MiB of tensors live at a time, besides the stored words of one GPTQ or AWQ module, of
+    the one that takes its folded factors back and of their counterparts, and a kilobyte for each
+    weight that was read.
 
     Args:
         advance: told the bytes of each module that is done; :func:`count_bytes` in all.
@@ -85,12 +103,7 @@ def examine(
                 comparison = None if _report_packing(pair, log) else _scan(pair, table, log)
                 if comparison is None:
                     continue
-                sides = _find_folded(pair, comparison)
-                if sides:
-                    verdicts.add_folded(route, sides)
-                else:
-                    source = pair.source
-                    verdicts.add(pair.name, route, source.shape, source.scheme.label, comparison)
+                _judge(pair, comparison, table, checkpoints, verdicts)
         advance(route.stored_bytes + (base.nbytes if base is not None else 0))
     verdicts.report(log)
 
@@ -166,8 +179,23 @@ def _weights(
 
 def _report_packing(pair: _Pair, log: FindingLog) -> bool:
     """Report orders, zero points and shapes that cannot be; return whether any was found."""
+    route, found = pair.route, False
+    for suffix, problem in _packing_problems(pair):
+        found = True
+        code = "order-invalid" if suffix in ORDERS else "packing-invalid"
+        log.add(
+            "error",
+            code,
+            f"{route.module}.{suffix}",
+            f"source {route.source!r}: {problem}. Re-export the module, or choose another source.",
+            noun="tensors",
+        )
+    return found
+
+
+def _packing_problems(pair: _Pair) -> Iterator[tuple[str, str]]:
+    """Yield the suffix of each tensor whose values contradict config.json or the headers."""
     source, route = pair.source, pair.route
-    found = False
     for suffix, tensor in source.whole.items():
         problem = None
         if suffix in ORDERS:
@@ -177,17 +205,7 @@ def _report_packing(pair: _Pair, log: FindingLog) -> bool:
         elif suffix == "weight_shape" and tuple(tensor.tolist()) != route.shape:
             problem = f"says {tensor.tolist()}, expected {list(route.shape)}"
         if problem is not None:
-            found = True
-            code = "order-invalid" if suffix in ORDERS else "packing-invalid"
-            log.add(
-                "error",
-                code,
-                f"{route.module}.{suffix}",
-                f"source {route.source!r}: {problem}. Re-export the module, or choose another "
-                "source.",
-                noun="tensors",
-            )
-    return found
+            yield suffix, problem
 
 
 def _order_problem(route: Route, g_idx: torch.Tensor) -> str | None:
@@ -218,12 +236,16 @@ def _zeros_problem(route: Route, qzeros: torch.Tensor) -> str | None:
     return f"zero points vary, expected {stored} everywhere since config.json says sym true"
 
 
-def _scan(pair: _Pair, table: RouteTable, log: FindingLog) -> Comparison | None:
-    """Read both weights; report values that cannot be, and return the comparison without any."""
+def _scan(pair: _Pair, table: RouteTable, log: FindingLog | None) -> Comparison | None:
+    """Read both weights; report values that cannot be, and return the comparison without any.
+
+    Without a log, they are reported elsewhere.
+    """
     source, base = pair.source, pair.base
     columns = prod(source.shape) // max(1, source.shape[0])
     rows = source.shape[0] if source.shape else 1
-    comparison = Comparison(rows, columns) if base is not None else None
+    noise2 = pair.inverse.noise2 if pair.inverse is not None else 0.0
+    comparison = Comparison(rows, columns, noise2=noise2) if base is not None else None
     broken: dict[tuple[str, str], str] = {}
     for low, high in pair.chunks:
         stored = source.read_rows(low, high)
@@ -244,16 +266,17 @@ def _scan(pair: _Pair, table: RouteTable, log: FindingLog) -> Comparison | None:
                 f"cannot be compared: base {table.plan.base!r} holds NaN or infinite weights"
             )
             continue
-        _compare_rows(comparison, source, stored, weight, base, base_stored, base_weight)
+        _compare_rows(comparison, pair, low, stored, weight, base, base_stored, base_weight)
     for (suffix, code), problem in broken.items():
-        log.add(
-            "error",
-            code,
-            f"{pair.name}.{suffix}" if source.scheme.is_quantized else pair.name,
-            f"source {pair.route.source!r}: {problem}. Re-export the module, or choose another "
-            "source.",
-            noun="tensors",
-        )
+        if log is not None:
+            log.add(
+                "error",
+                code,
+                f"{pair.name}.{suffix}" if source.scheme.is_quantized else pair.name,
+                f"source {pair.route.source!r}: {problem}. Re-export the module, or choose another "
+                "source.",
+                noun="tensors",
+            )
     return None if broken else comparison
 
 
@@ -271,40 +294,51 @@ def _scale_problem(scheme: Scheme, suffix: str, stored: torch.Tensor) -> str | N
 
 def _compare_rows(
     comparison: Comparison,
-    source: StoredWeight,
+    pair: _Pair,
+    low: int,
     stored: Mapping[str, torch.Tensor],
     weight: torch.Tensor,
     base: StoredWeight,
     base_stored: Mapping[str, torch.Tensor],
     base_weight: torch.Tensor,
 ) -> None:
+    source, scale2 = pair.source, pair.scale2(low, low + len(weight))
+    order = source.order.argsort(stable=True) if source.order is not None else None
+    tile = tile_of(source.scheme, (weight.shape[0], weight.shape[1]))
     own = expected_error2(source.scheme, stored, weight)
+    if scale2 is not None:
+        own = own * tile_mean(scale2 if order is None else scale2[:, order], tile)
     others = expected_error2(base.scheme, base_stored, base_weight).mean()
     rounding2 = float(own.mean() + others) * weight.numel()
+    weight = pair.take_back(weight, low)
     tile_errors = None
     if source.scheme.is_quantized:
-        tile = tile_of(source.scheme, (weight.shape[0], weight.shape[1]))
         squares, difference2 = base_weight.square(), (weight - base_weight).square()
-        if source.order is not None:
-            columns = source.order.argsort(stable=True)
-            squares, difference2 = squares[:, columns], difference2[:, columns]
-        share = others / squares.mean().clamp(min=1e-30)
+        if order is not None:
+            squares, difference2 = squares[:, order], difference2[:, order]
+        share = others / squares.mean().clamp(min=1e-30) + comparison.noise2
         rounding = own + share * tile_mean(squares, tile)
         tile_errors = tile_mean(difference2, tile) / rounding.clamp(min=1e-30)
     comparison.add(weight, base_weight, rounding2, tile_errors)
 
 
-def _find_folded(pair: _Pair, comparison: Comparison) -> frozenset[str]:
+def _find_folded(pair: _Pair, comparison: Comparison) -> frozenset[Side]:
     """Return which factors, of rows and of columns, alone tell a weight from the base's."""
     if not comparison.may_be_folded or pair.base is None:
         return frozenset()
-    columns = comparison.column_factors()
+    n, k = comparison.rows, comparison.columns
+    tile = tile_of(pair.source.scheme, (n, k)) if pair.source.scheme.is_quantized else (1, 1)
+    one_side = comparison.fit_side()
+    if one_side is not None:
+        return one_side.varying(comparison, tile)
+    columns = comparison.factors("columns").float()
     for _ in range(_FOLD_PASSES):
-        fit = FoldedFit(columns, torch.zeros(comparison.rows, dtype=torch.float64))
+        fit = FoldedFit(columns, torch.zeros(n, dtype=torch.float64))
         for low, high in pair.chunks:
-            fit.add(*(one.dequantize(one.read_rows(low, high)) for one in _both(pair)))
+            weight, base = (one.dequantize(one.read_rows(low, high)) for one in _both(pair))
+            fit.add(pair.take_back(weight, low), base)
         if fit.explains(comparison):
-            return fit.varying(comparison)
+            return fit.varying(comparison, tile)
         columns = fit.better_columns()
     return frozenset()
 
@@ -312,3 +346,157 @@ def _find_folded(pair: _Pair, comparison: Comparison) -> frozenset[str]:
 def _both(pair: _Pair) -> tuple[StoredWeight, StoredWeight]:
     assert pair.base is not None
     return pair.source, pair.base
+
+
+def _judge(
+    pair: _Pair,
+    comparison: Comparison,
+    table: RouteTable,
+    checkpoints: Mapping[str, Checkpoint],
+    verdicts: Verdicts,
+) -> None:
+    """Note what a comparison came to; factors only where the source itself takes them back."""
+    route, sides = pair.route, _find_folded(pair, comparison)
+    is_linear = pair.name == route.module and len(route.shape) == 2
+    if is_linear and (sides or comparison.verdict == "scaled"):
+        inverse, halves = _find_inverse(route, table, checkpoints)
+        if any(other_halves(route.module, side, table.routes) for side in sides - halves.keys()):
+            verdicts.add_folded(route, sides)  # the source lacks what would tell
+            return
+        if inverse.sides:
+            taken_back = replace(pair, inverse=inverse)
+            again = _scan(taken_back, table, None)
+            if again is not None and again.verdict == "same":
+                if not _find_folded(taken_back, again):
+                    verdicts.add_folded(route, inverse.sides)
+                    return
+        if sides:
+            names = [halves[side] for side in sorted(sides & halves.keys())]
+            verdicts.add_damaged(route, sides, names, comparison.error)
+            return
+    source = pair.source
+    verdicts.add(pair.name, route, source.shape, source.scheme.label, comparison)
+
+
+def _find_inverse(
+    route: Route, table: RouteTable, checkpoints: Mapping[str, Checkpoint]
+) -> tuple[Inverse, dict[Side, str]]:
+    """Read what takes a weight's factors back in its own source, whatever the plan takes of it.
+
+    Returns:
+        The factors, and by side the module that was read for them; none where it is not there.
+    """
+    n, k = route.shape
+    inverse, halves = Inverse(torch.ones(n), torch.ones(k)), dict[Side, str]()
+    for side in _SIDES:
+        for name in other_halves(route.module, side, table.routes):
+            if is_feeding_norm(name):
+                found = _norm_factors(name, route.source, table, checkpoints)
+            else:
+                found = _other_factors(route, side, name, table, checkpoints)
+            if found is not None and len(found[0]) == (n if side == "rows" else k):
+                inverse = inverse.times(side, *found)
+                halves[side] = name
+    return inverse, halves
+
+
+def _norm_factors(
+    name: str, source: str, table: RouteTable, checkpoints: Mapping[str, Checkpoint]
+) -> tuple[torch.Tensor, float] | None:
+    """Return a source's norm over the base's, and the mean square of its relative error."""
+    pair = _read_pair(name, source, table, checkpoints)
+    if pair is None or pair.base is None or pair.source.scheme.is_quantized:
+        return None
+    values, noise2 = [], 0.0
+    for one in _both(pair):
+        stored = one.read_rows(0, one.shape[0])
+        value = one.dequantize(stored).reshape(1, -1)
+        rounding2 = float(expected_error2(one.scheme, stored, value).mean())
+        noise2 += rounding2 / max(float(value.square().mean()), 1e-30)
+        values.append(value[0])
+    ratio = values[0] / values[1]
+    return torch.where(ratio.isfinite() & (ratio != 0), ratio, 1.0), noise2
+
+
+def _other_factors(
+    route: Route,
+    side: Side,
+    name: str,
+    table: RouteTable,
+    checkpoints: Mapping[str, Checkpoint],
+) -> tuple[torch.Tensor, float] | None:
+    """Return factors that take back a weight's columns: those of another's rows.
+
+    For its rows, those of the other's columns. They are 1 where the other is not the base's weight
+    but for them: that is reported of it. As in :func:`_norm_factors`.
+    """
+    pair = _read_pair(name, route.source, table, checkpoints)
+    if pair is None or len(pair.source.shape) != 2:
+        return None
+    n, k = pair.source.shape
+    rows = (route.module, route.shape[0], k) if side == "rows" else (name, n, route.shape[1])
+    index = _rows_of_columns(*rows, ModelDims.from_config(table.base_config))
+    count = route.shape[0] if side == "rows" else route.shape[1]
+    none = torch.ones(count), 0.0
+    if index is None:
+        return none
+    norm = feeding_norm(name)
+    found = None if norm is None else _norm_factors(norm, route.source, table, checkpoints)
+    if found is not None and len(found[0]) == k:
+        ones = Inverse(torch.ones(n), torch.ones(k))
+        pair = replace(pair, inverse=ones.times("columns", *found))
+    comparison = _scan(pair, table, None)
+    theirs: Side = "columns" if side == "rows" else "rows"
+    if comparison is None or not comparison.explained_by(theirs):
+        return none
+    noise2 = max(comparison.left2(theirs), 0.0) / max(comparison.source2, 1e-300)
+    noise2 = noise2 / (n if theirs == "columns" else k) + comparison.noise2
+    factors = comparison.factors(theirs).float()
+    if side == "columns":
+        return factors[index], noise2
+    # Several columns of one row, of grouped-query attention, all have its factor.
+    sums = torch.zeros(count).index_add_(0, index, factors)
+    counts = torch.zeros(count).index_add_(0, index, torch.ones(len(index)))
+    return torch.where(counts > 0, sums / counts, 1.0), noise2
+
+
+def _rows_of_columns(module: str, n: int, k: int, dims: ModelDims) -> torch.Tensor | None:
+    """Return the row of a module (n, ...) that each of the K columns of what it feeds takes.
+
+    An attention head's columns take those of its group's values; ``kv_b_proj`` has the head's keys
+    before them (modeling_deepseek_v3.py).
+    """
+    leaf = module.rpartition(".")[2]
+    if leaf not in ("v_proj", "kv_b_proj"):
+        return torch.arange(k) if n == k else None
+    heads = dims.num_heads or 0
+    groups = heads if leaf == "kv_b_proj" else dims.num_kv_heads or 0
+    if not heads or not groups or k % heads or n % groups or heads % groups:
+        return None
+    size, step = k // heads, n // groups
+    if step < size or (leaf == "v_proj" and step != size):
+        return None
+    column = torch.arange(k)
+    return column // size // (heads // groups) * step + (step - size) + column % size
+
+
+def _read_pair(
+    name: str, source: str, table: RouteTable, checkpoints: Mapping[str, Checkpoint]
+) -> _Pair | None:
+    """Open a module of a source, routed there or not, with the base's; None where one is missing.
+
+    So it is of a module that cannot be read, which is reported of it where it is routed.
+    """
+    own, base = checkpoints[source].find(name), checkpoints[table.plan.base].modules.get(name)
+    if own is None or base is None or own.shape != base.shape:
+        return None
+    for module in (own, base):
+        if module.problems or not all(is_available(s.file) for s in module.tensors.values()):
+            return None
+    weights = [_weights(one.scheme, one.tensors, one.shape).get("weight") for one in (own, base)]
+    if weights[0] is None or weights[1] is None or weights[0][2] != weights[1][2]:
+        return None
+    widened = Scheme("bf16", bits=16)  # so that its order and zero points may be any
+    route = Route(name, source, own.scheme, widened, None, own.tensors, own.shape)
+    pair = _Pair(name, route, StoredWeight(*weights[0]), StoredWeight(*weights[1]))
+    return None if any(_packing_problems(pair)) else pair

@@ -9,8 +9,8 @@ rounding to the nearest would make with the scales that are stored: 1 for such r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,6 +18,8 @@ import torch
 # Exports that round to nearest came to 0.99 to 1.16 roundings, 1.3 in the worst tile. GPTQ's own
 # algorithm, on trained experts and inputs of very unlike and correlated channels, came to 3.1, and
 # 8.1 in the worst group of 32; unrelated weights are 13 away in int4, a scale's wrong sign 18.
+Side = Literal["rows", "columns"]
+
 TOLERATED = 6.0
 """Roundings of a whole weight that count as the format's own."""
 
@@ -28,8 +30,13 @@ UNRELATED = 1.2
 """Difference over the weight that no format explains; unrelated weights differ by 1.4, and 2 bits
 by up to 1."""
 
+# A factor of a whole weight. Rounding shrinks a weight by its own share at most; auto-round and
+# GPTQ, which choose scales, stay within a few percent.
+_LEAST_GAIN, _MOST_GAIN = 0.8, 1.25
+
 _FOLD_FROM = 1.5  # roundings from which a look for folded factors is worth it
 _FOLD_EXPLAINS = 0.8  # of the squared difference, what factors must leave at most
+_FOLD_NEEDS = 1.2  # times what factors of both sides leave, from which one side's do not do
 _VARYING = 0.02  # of factors, from which they are not all alike
 _LEAST_SIDE = 16  # of a matrix whose rows and columns are many enough to tell factors from chance
 _SAMPLES = 224  # of two bytes, so that Python's own allocator keeps them
@@ -58,6 +65,8 @@ class Comparison:
     row_base2: torch.Tensor = field(init=False)
     base_sample: bytes | None = None
     source_sample: bytes | None = None
+    noise2: float = 0.0
+    """Mean square of the relative error of factors that the source's weight was multiplied by."""
 
     def __post_init__(self) -> None:
         self.column_products = torch.zeros(self.columns, dtype=torch.float64)
@@ -83,7 +92,7 @@ class Comparison:
         self.error2 += float((source - base).square().sum(dtype=torch.float64))
         self.base2 += float(squares.sum(dtype=torch.float64))
         self.source2 += float(source.square().sum(dtype=torch.float64))
-        self.rounding2 += rounding2
+        self.rounding2 += rounding2 + self.noise2 * float(squares.sum(dtype=torch.float64))
         self.column_products += products.sum(0, dtype=torch.float64)
         self.column_base2 += squares.sum(0, dtype=torch.float64)
         done = slice(self.rows_done, self.rows_done + len(base))
@@ -110,10 +119,26 @@ class Comparison:
         return min(TOLERATED * rounding, UNRELATED)
 
     @property
-    def verdict(self) -> Literal["same", "differs", "tiles"]:
-        """Whether the weights are the same up to their formats, all but some tiles, or not."""
-        if self.error > self.bound or (self.base2 and not self.source2):
+    def gain(self) -> float:
+        """The one factor that brings the base nearest to the source."""
+        return float(self.row_products.sum()) / self.base2 if self.base2 else 1.0
+
+    @property
+    def verdict(self) -> Literal["same", "scaled", "differs", "tiles"]:
+        """Whether the weights are the same up to their formats, or how they are not.
+
+        "scaled": but for a factor of the whole, which the bound hides where the scales that are
+        stored grew with it. "tiles": all but some tiles.
+        """
+        if self.base2 and not self.source2:
             return "differs"
+        share = self.rounding2 / self.base2 if self.base2 else 0.0
+        is_scaled = not _LEAST_GAIN - share <= self.gain <= _MOST_GAIN + share
+        if self.error > self.bound:
+            is_along = 2 * self.gain**2 * self.base2 > self.source2
+            return "scaled" if is_scaled and is_along else "differs"
+        if is_scaled:
+            return "scaled"
         return "tiles" if self.wrong_tiles else "same"
 
     @property
@@ -123,15 +148,37 @@ class Comparison:
             return False
         if min(self.columns, self.rows) < _LEAST_SIDE:
             return False
-        left = min(
-            self.source2 - _explained(self.column_products, self.column_base2),
-            self.source2 - _explained(self.row_products, self.row_base2),
-        )
-        return left < _FOLD_EXPLAINS * self.error2
+        return min(self.left2("columns"), self.left2("rows")) < _FOLD_EXPLAINS * self.error2
 
-    def column_factors(self) -> torch.Tensor:
-        """Return the factor a column that brings the base nearest to the source, float32 (K,)."""
-        return _ratio(self.column_products, self.column_base2).float()
+    def left2(self, side: Side) -> float:
+        """Return what the best factors of one side leave of the squared difference."""
+        return self.source2 - _explained(*self._sums(side))
+
+    def factors(self, side: Side) -> torch.Tensor:
+        """Return the factor a row or column that brings the base nearest to the source, float64."""
+        return _ratio(*self._sums(side))
+
+    def explained_by(self, side: Side) -> bool:
+        """Whether factors of one side bring the difference down to what the format explains."""
+        bound = min(TOLERATED**2 * self.rounding2, UNRELATED**2 * self.source2)
+        return self.left2(side) <= bound
+
+    def _sums(self, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
+        if side == "rows":
+            return self.row_products, self.row_base2
+        return self.column_products, self.column_base2
+
+    def fit_side(self) -> FoldedFit | None:
+        """Return factors of rows alone, or of columns, that leave what rounding does."""
+        side: Side = "rows" if self.left2("rows") <= self.left2("columns") else "columns"
+        if self.left2(side) > min(_FOLD_FROM**2 * self.rounding2, _FOLD_EXPLAINS * self.error2):
+            return None
+        ones = {
+            "rows": torch.ones(self.rows, dtype=torch.float64),
+            "columns": torch.ones(self.columns, dtype=torch.float64),
+        }
+        found = ones | {side: self.factors(side)}
+        return FoldedFit(found["columns"].float(), found["rows"], self.left2(side))
 
 
 @dataclass
@@ -175,16 +222,50 @@ class FoldedFit:
         bound = min(TOLERATED**2 * comparison.rounding2, UNRELATED**2 * comparison.source2)
         return self.left2 <= bound
 
-    def varying(self, comparison: Comparison) -> frozenset[str]:
-        """Return which factors are not all alike, "rows" or "columns", beyond noise."""
-        noise = math.sqrt(max(self.left2, 0.0) / max(comparison.source2, 1e-300))
-        rows, columns = self.rows, self.columns.double()
-        sides = []
-        if _spread(rows) > max(_VARYING, 3 * noise / math.sqrt(len(columns))):
-            sides.append("rows")
-        if _spread(columns) > max(_VARYING, 3 * noise / math.sqrt(len(rows))):
-            sides.append("columns")
-        return frozenset(sides)
+    def varying(self, comparison: Comparison, tile: tuple[int, int]) -> frozenset[Side]:
+        """Return which factors are not all alike within a tile, beyond noise, and are needed.
+
+        What is folded is one factor a channel. One for a tile's rows or columns together is a
+        damaged scale.
+        """
+        left2 = max(self.left2, 0.0)
+        noise = math.sqrt(left2 / max(comparison.source2, 1e-300))
+        found: dict[Side, tuple[torch.Tensor, int, int]] = {
+            "rows": (self.rows, tile[0], len(self.columns)),
+            "columns": (self.columns.double(), tile[1], len(self.rows)),
+        }
+        others: Mapping[Side, Side] = {"rows": "columns", "columns": "rows"}
+        return frozenset(
+            side
+            for side, (factors, size, count) in found.items()
+            if comparison.left2(others[side]) > _FOLD_NEEDS * left2
+            and _spread(factors, size)
+            > max(_VARYING, 3 * math.hypot(noise / math.sqrt(count), math.sqrt(comparison.noise2)))
+        )
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """Factors that take back those that were folded into a weight (N, K), as others hold them.
+
+    ``rows`` (N,) and ``columns`` (K,), float32; ``sides`` are those that are not all 1, and
+    ``noise2`` is the mean square of their relative error.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    sides: frozenset[Side] = frozenset()
+    noise2: float = 0.0
+
+    def times(self, side: Side, factors: torch.Tensor, noise2: float) -> Inverse:
+        """Add one side's factors, unless they are all 1 but for noise."""
+        noise = max(_VARYING, 3 * math.sqrt(noise2))
+        if _spread(factors) <= noise and abs(float(factors.median()) - 1) <= noise:
+            return self
+        new = replace(self, sides=self.sides | {side}, noise2=self.noise2 + noise2)
+        if side == "rows":
+            return replace(new, rows=self.rows * factors.float())
+        return replace(new, columns=self.columns * factors.float())
 
 
 def directions(samples: Sequence[bytes]) -> torch.Tensor:
@@ -208,8 +289,13 @@ def _explained(products: torch.Tensor, squares: torch.Tensor) -> float:
     return float((_ratio(products, squares) * products).sum())
 
 
-def _spread(factors: torch.Tensor) -> float:
-    """Return the median distance from the median, relatively: a few damaged rows do not count."""
-    middle = factors.median()
-    distance = float((factors - middle).abs().median())
-    return distance / abs(float(middle)) if middle else math.inf
+def _spread(factors: torch.Tensor, size: int = 1) -> float:
+    """Return the median distance from the median, relatively: a few damaged rows do not count.
+
+    The median is that of each ``size`` factors, where so many belong together.
+    """
+    whole = len(factors) // size * size
+    groups = factors[:whole].view(-1, size) if size > 1 and whole else factors[None]
+    groups = groups.double()
+    middle = groups.median(1, keepdim=True).values
+    return float(((groups - middle).abs() / middle.abs().clamp(min=1e-300)).median())

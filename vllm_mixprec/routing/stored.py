@@ -11,6 +11,7 @@ import torch
 from vllm_mixprec.checkpoint.dequantize import dequantize
 from vllm_mixprec.checkpoint.files import reopen, require_unchanged
 from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.checkpoint.formats.fp4 import MAGNITUDES
 from vllm_mixprec.checkpoint.formats.fp8 import SCALE_SUFFIXES
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.ranges import read_into
@@ -23,6 +24,8 @@ SCALES = (*SCALE_SUFFIXES, "scales")
 _MANTISSA_BITS = {"bf16": 7, "fp16": 10, "fp32": 23}  # without the hidden one
 _FP8_MANTISSA_BITS = 3
 _FP8_SUBNORMAL_STEP = 2.0**-9
+_FP4_FORMATS = ("nvfp4", "mxfp4")
+_FP4_NEXT = 8.0  # the code after 6 if there were one; nearer to it lies next to nothing
 
 Stored = Mapping[str, torch.Tensor]
 
@@ -163,9 +166,46 @@ def expected_error2(scheme: Scheme, stored: Stored, weight: torch.Tensor) -> tor
         return mean2 * relative_error2(bits)
     suffix = next(name for name in SCALE_SUFFIXES if name in stored)
     scale = scale_values(scheme, suffix, stored[suffix])
+    if scheme.format in _FP4_FORMATS:
+        return _fp4_error2(scheme, _whole_scale(stored) * scale, weight, tile)
     return mean2 * relative_error2(_FP8_MANTISSA_BITS) + (
         scale.square().mean() * _FP8_SUBNORMAL_STEP**2 / 12
     )
+
+
+def _whole_scale(stored: Stored) -> torch.Tensor | float:
+    """Return what NVFP4's scales are multiplied by; 1 of MXFP4, which has none."""
+    if "weight_global_scale" in stored:
+        return stored["weight_global_scale"].float().reciprocal()
+    return stored["weight_scale_2"].float() if "weight_scale_2" in stored else 1.0
+
+
+def _fp4_error2(
+    scheme: Scheme, scale: torch.Tensor, weight: torch.Tensor, tile: tuple[int, int]
+) -> torch.Tensor:
+    """Return the errors of E2M1, by group: each code stands for numbers spread evenly around it.
+
+    A group's largest number is NVFP4's 6 but for the rounding of the scale to E4M3.
+    """
+    cells = _fp4_cells()
+    codes = weight.abs() / scale.repeat_interleave(tile[1], 1)[:, : weight.shape[1]]
+    codes = codes.nan_to_num(0.0).mul(2).round().clamp(max=len(cells) - 1).int()
+    errors = tile_mean(cells[codes], tile)
+    if scheme.format == "nvfp4":
+        has_largest = tile_mean((codes == len(cells) - 1).float(), tile) > 0
+        largest = MAGNITUDES[-1] ** 2 * relative_error2(_FP8_MANTISSA_BITS)
+        errors -= has_largest * (cells[-1] - largest) / tile[1]
+    return scale.square() * errors
+
+
+def _fp4_cells() -> torch.Tensor:
+    """Return the mean square error of what is rounded to a code, at twice the code's magnitude."""
+    below, above = (-MAGNITUDES[1], *MAGNITUDES[:-1]), (*MAGNITUDES[1:], _FP4_NEXT)
+    cells = torch.zeros(int(2 * MAGNITUDES[-1]) + 1)
+    for low, code, high in zip(below, MAGNITUDES, above, strict=True):
+        down, up = (code - low) / 2, (high - code) / 2
+        cells[int(2 * code)] = (down**3 + up**3) / (down + up) / 3
+    return cells
 
 
 def relative_error2(mantissa_bits: int) -> float:

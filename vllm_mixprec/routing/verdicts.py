@@ -6,11 +6,11 @@ Of each weight a few hundred bytes are kept: all may be another model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from vllm_mixprec.routing.disagreement import Comparison, directions
+from vllm_mixprec.routing.disagreement import Comparison, Side, directions
 from vllm_mixprec.routing.findings import FindingLog, generalise
 from vllm_mixprec.routing.norms import feeding_norm
 from vllm_mixprec.routing.route import Route
@@ -20,7 +20,7 @@ from vllm_mixprec.routing.table import RouteTable
 _ALIKE = 0.8  # similarity from which a weight is taken for another one of the base
 
 # Module -> what divides its input by the factors that were folded into its columns, and what takes
-# the factors of its rows back; siblings, where no norm does. A source is consistent in itself.
+# the factors of its rows back; siblings, where no norm does.
 _COLUMNS_FROM = {"down_proj": ("up_proj",), "w2": ("w3",), "o_proj": ("v_proj", "kv_b_proj")}
 _ROWS_TO = {
     "up_proj": ("down_proj",),
@@ -32,7 +32,10 @@ _ROWS_TO = {
 
 @dataclass(frozen=True, slots=True)
 class _Strange:
-    """A weight that is not the base's; ``error`` and ``bound`` as in :class:`Comparison`."""
+    """A weight that is not the base's; ``error`` and ``bound`` as in :class:`Comparison`.
+
+    ``gain`` is the factor of one that is scaled as a whole.
+    """
 
     name: str
     route: Route
@@ -40,6 +43,7 @@ class _Strange:
     label: str
     error: float
     bound: float
+    gain: float | None
     is_zero: bool
     sample: bytes
 
@@ -58,12 +62,34 @@ class Verdicts:
     def __init__(self, table: RouteTable) -> None:
         self._table = table
         self._layers: dict[str, _Layer] = {}
-        self._folded: dict[str, frozenset[str]] = {}
+        self._folded: dict[str, frozenset[Side]] = {}
         self._measured: dict[tuple[str, str, str], dict[str, tuple[float, float]]] = {}
 
-    def add_folded(self, route: Route, sides: frozenset[str]) -> None:
-        """Note a weight that is the base's but for factors of its "rows" or "columns"."""
+    def add_folded(self, route: Route, sides: frozenset[Side]) -> None:
+        """Note a weight that is the base's but for factors that its source takes back elsewhere.
+
+        Or whose other half is not there to be read.
+        """
         self._folded[route.module] = sides
+
+    def add_damaged(
+        self, route: Route, sides: frozenset[Side], halves: Sequence[str], error: float
+    ) -> None:
+        """Note one whose factors the ``halves``, modules of its source, do not take back.
+
+        There are none where the package knows of none.
+        """
+        folded = " and ".join(sorted(sides, reverse=True))
+        where = " and ".join(map(generalise, halves)) or "nothing that the package knows"
+        self._measure(
+            route.source,
+            f"source {route.source!r}: differs from base {self._table.plan.base!r} by {{value}} of "
+            f"its size, by a factor for each of its {folded} that is not taken back in {where} of "
+            "that source. Its scales are damaged: re-export the module, or choose another source.",
+            route.module,
+            error,
+            0.0,
+        )
 
     def add(
         self,
@@ -82,7 +108,8 @@ class Verdicts:
         layer = self._layers.setdefault(layer_name(route.module) or "", _Layer())
         if comparison.base_sample is not None:
             layer.base[name] = comparison.base_sample, shape
-        if comparison.verdict == "differs" and comparison.source_sample is not None:
+        verdict = comparison.verdict
+        if verdict in ("differs", "scaled") and comparison.source_sample is not None:
             layer.strange.append(
                 _Strange(
                     name,
@@ -91,11 +118,12 @@ class Verdicts:
                     label,
                     comparison.error,
                     comparison.bound,
+                    comparison.gain if verdict == "scaled" else None,
                     comparison.source2 == 0.0,
                     comparison.source_sample,
                 )
             )
-        elif comparison.verdict == "tiles":
+        elif verdict == "tiles":
             self._measure(
                 route.source,
                 f"source {route.source!r}: {{value}} of its {route.stored.label} groups are "
@@ -115,7 +143,7 @@ class Verdicts:
         for (_, text, _), found in self._measured.items():
             values, bounds = zip(*found.values(), strict=True)
             low, high = min(values), max(values)
-            value = _spell(low) if low == high else f"{_spell(low)} to {_spell(high)}"
+            value = " to ".join(dict.fromkeys((_spell(low), _spell(high))))
             text = text.format(value=value, bound=_spell(max(bounds)))
             for name in found:
                 log.add("error", "weights-differ", name, text)
@@ -143,12 +171,22 @@ class Verdicts:
                     "GPTQ leaves experts so that no text of its calibration reached: choose "
                     "another source.",
                 )
+            elif weight.gain is not None:
+                self._measure(
+                    source,
+                    f"source {source!r}: as a whole {{value}} of base {base!r}'s weights, expected "
+                    "{bound}. Its scales are damaged: re-export the module, or choose another "
+                    "source.",
+                    name,
+                    weight.gain,
+                    1.0,
+                )
             else:
                 self._measure(
                     source,
                     f"source {source!r}: differs from base {base!r} by {{value}} of its size, "
                     f"expected at most {{bound}} of {weight.label}. It was made from other "
-                    "weights: choose a source made from the base.",
+                    "weights, or is damaged: choose another source, made from the base.",
                     name,
                     weight.error,
                     weight.bound,
@@ -170,18 +208,17 @@ class Verdicts:
         for module, sides in self._folded.items():
             route = routes[module]
             for side in sorted(sides):
-                partners = _partners(module, side, routes)
-                if partners and all(routes[name].source == route.source for name in partners):
+                partners = other_halves(module, side, routes)
+                if all(routes[name].source == route.source for name in partners):
                     continue
-                where = generalise(partners[0]) if partners else "what the package does not know"
                 log.add(
                     "error",
                     "weights-rescaled",
                     module,
                     f"source {route.source!r}: base {self._table.plan.base!r}'s weights but for a "
                     f"factor for each of its {side}, as AWQ and SmoothQuant fold them; the other "
-                    f"half is in {where}, which the plan takes from elsewhere. Take both from this "
-                    "source, or choose one that was quantised without folding.",
+                    f"half is in {generalise(partners[0])}, which the plan takes from elsewhere. "
+                    "Take both from this source, or choose one that was quantised without folding.",
                 )
 
 
@@ -201,7 +238,7 @@ def _find_twins(layer: _Layer) -> dict[str, str]:
     return twins
 
 
-def _partners(module: str, side: str, routes: Mapping[str, Route]) -> list[str]:
+def other_halves(module: str, side: Side, routes: Mapping[str, Route]) -> list[str]:
     """Return the modules that hold the inverse of a module's factors."""
     parent, _, leaf = module.rpartition(".")
     leaves = (_COLUMNS_FROM if side == "columns" else _ROWS_TO).get(leaf, ())
