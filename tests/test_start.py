@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a start leaves in a mixed model's ``VllmConfig``; tests/engine starts engines."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.loading.serving import make_plan, needs_cpu, write_base
+from tests.loading.serving import make_plan, needs_cpu, read_base, write_base
 from vllm_mixprec import compose, start
 from vllm_mixprec.composition import PLAN_FILE
 from vllm_mixprec.errors import PlanError
@@ -63,6 +66,51 @@ def test_replicas_share_experts_in_the_layout_that_is_checked(tmp_path: Path) ->
     config = engine_config(tmp_path / "mixed", data_parallel_size=2)
     assert config.load_config.load_format == LOAD_FORMAT
     assert layout_of(config) == Layout(data_parallel_size=2)
+
+
+def fold(folder: Path, base: Path) -> Path:
+    """Write a base's copy whose up_proj has factors in its rows that down_proj takes back."""
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+    generator = torch.Generator().manual_seed(0)
+    tensors = read_base(base)
+    for name, up in tensors.items():
+        if ".experts." in name and "up_proj" in name:
+            factors = torch.empty(len(up)).log_normal_(generator=generator)
+            down = name.replace("up_proj", "down_proj")
+            tensors[name] = (up.float() * factors[:, None]).to(up.dtype)
+            tensors[down] = (tensors[down].float() / factors).to(up.dtype)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_half_of_what_was_folded_is_refused(tmp_path: Path) -> None:
+    """No header and no norm tells of factors that go from one projection to the next."""
+    base = write_base(tmp_path / "base")
+    sources = {"folded": fold(tmp_path / "folded", base)}
+    experts = "model.layers.{1-3}.mlp.experts.*"
+    compose(make_plan(base, sources, {f"{experts}.down_proj": "folded"}), tmp_path / "half")
+    match = r"experts\.\d+\.down_proj: .* a factor for each of its columns.* elsewhere"
+    with pytest.raises(PlanError, match=match):
+        engine_config(tmp_path / "half")
+    compose(make_plan(base, sources, {experts: "folded"}), tmp_path / "whole")
+    assert engine_config(tmp_path / "whole").load_config.load_format == LOAD_FORMAT
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    tensors = read_base(base)
+    for name, tensor in tensors.items():
+        if ".self_attn.o_proj." in name:
+            tensors[name] = torch.randn_like(tensor.float()).to(tensor.dtype)
+    save_file(tensors, other / "model.safetensors")
+    rules = {"model.layers.*.self_attn.o_proj": "other"}
+    compose(make_plan(base, {"other": other}, rules), tmp_path / "mixed")
+    threads = torch.get_num_threads()
+    with pytest.raises(PlanError, match=r"\.0\.self_attn\.o_proj: source 'other': differs from base"):
+        engine_config(tmp_path / "mixed")
+    assert torch.get_num_threads() == threads
 
 
 def test_a_composed_plan_that_was_changed_is_refused(tmp_path: Path) -> None:

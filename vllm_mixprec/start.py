@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens in vLLM's front end before a mixed model's engine starts."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from vllm_mixprec.quant.config import (
     plan_path,
 )
 from vllm_mixprec.quant.methods import usable_platform
-from vllm_mixprec.routing import check
+from vllm_mixprec.routing import Finding
+from vllm_mixprec.routing.check import examine
 from vllm_mixprec.routing.parts import spell_layers
+from vllm_mixprec.routing.sampling import compare_samples
 from vllm_mixprec.routing.sources import config_differences
 
 logger = init_logger("vllm.mixprec")
@@ -66,20 +69,10 @@ def prepare(vllm_config: VllmConfig) -> None:
     plan = Plan.from_yaml(path)
     _refuse_changed_plan(plan, model_config)
     layout = layout_of(vllm_config)
-    report = check(
-        plan,
-        tensor_parallel_size=layout.tensor_parallel_size,
-        pipeline_parallel_size=layout.pipeline_parallel_size,
-        expert_parallel=layout.expert_parallel,
-        draft=layout.draft,
-        data_parallel_size=layout.data_parallel_size,
-        platform=usable_platform(),
-        dtype=dtype_of(vllm_config),
-    )
-    errors = [f"{f.where}: {f.message}" for f in report.findings if f.level == "error"]
-    if errors:
-        raise PlanError("\n".join([f"{path}: the plan cannot be served:", *errors]))
+    report, checkpoints = examine(plan, layout, usable_platform(), dtype=dtype_of(vllm_config))
+    _refuse_errors(path, report.findings)
     assert report.table is not None
+    _refuse_errors(path, compare_samples(report.table, checkpoints))
     # --hf-overrides can name a plan for another model than the one that is served.
     served = model_config.hf_config.to_dict()
     served["architectures"] = served.get(ARCHITECTURES_KEY, served.get("architectures"))
@@ -166,6 +159,12 @@ def _refuse_changed_plan(plan: Plan, model_config: ModelConfig) -> None:
     changed = plan_change(plan, model_config.hf_config.quantization_config)
     if changed is not None:
         raise PlanError(f"{plan.path}: {changed}")
+
+
+def _refuse_errors(path: Path, findings: Iterable[Finding]) -> None:
+    errors = [f"{f.where}: {f.message}" for f in findings if f.level == "error"]
+    if errors:
+        raise PlanError("\n".join([f"{path}: the plan cannot be served:", *errors]))
 
 
 def _refuse_unfit_vllm() -> None:

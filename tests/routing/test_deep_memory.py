@@ -22,14 +22,14 @@ import json, sys
 from pathlib import Path
 import torch
 from tests.routing.models import CPU, make_plan
-from vllm_mixprec.routing import check, deep
+from vllm_mixprec.routing import check, pairs
 
 def peak_mib():  # of this process since it began; what its parent had does not count
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) >> 10
 
 torch.set_num_threads(1)
-deep._CHUNK_WEIGHTS = int(sys.argv[2])
+pairs._CHUNK_WEIGHTS = int(sys.argv[2])
 check(make_plan(("**.experts", "fp8")), platform=CPU, deep=True)  # all code, and small tensors
 before = peak_mib()
 plan = make_plan(("lm_head", "fp8"), folder=Path(sys.argv[1]), sources=("bf16", "fp8"))
@@ -72,9 +72,9 @@ def peak(models: Path, chunk_weights: int) -> int:
 
 
 def test_large_tensor_is_compared_a_few_rows_at_a_time(models: Path) -> None:
-    from vllm_mixprec.routing import deep
+    from vllm_mixprec.routing import pairs
 
-    assert peak(models, deep._CHUNK_WEIGHTS) < CEILING_MIB
+    assert peak(models, pairs._CHUNK_WEIGHTS) < CEILING_MIB
 
 
 def test_the_measure_finds_a_tensor_that_is_read_in_large_parts(models: Path) -> None:
