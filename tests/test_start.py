@@ -108,7 +108,8 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     rules = {"model.layers.*.self_attn.o_proj": "other"}
     compose(make_plan(base, {"other": other}, rules), tmp_path / "mixed")
     threads = torch.get_num_threads()
-    with pytest.raises(PlanError, match=r"\.0\.self_attn\.o_proj: source 'other': differs from base"):
+    match = r"\.0\.self_attn\.o_proj: source 'other': differs from base"
+    with pytest.raises(PlanError, match=match):
         engine_config(tmp_path / "mixed")
     assert torch.get_num_threads() == threads
 

@@ -149,6 +149,14 @@ print(json.dumps(findings(check(composed))))
     assert client(tmp_path, code, offline=True) == []
 
 
+def test_deep_check_downloads_what_it_reads(models: Path, tmp_path: Path) -> None:
+    code = "print(json.dumps(findings(check(plan('fp8', ('lm_head', 'bf16')), deep=True))))"
+    with serve(models) as hub:
+        found = client(tmp_path, code, hub.url)
+        assert not [finding for finding in found if finding[0] == "error"]
+        assert hub.whole() == [SHARD, "fp8/model.safetensors"]
+
+
 def test_base_of_which_only_the_headers_count_is_not_downloaded(
     models: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_mixprec.checkpoint.hub import is_available
+from vllm_mixprec.checkpoint.hub import fetch, is_available
 from vllm_mixprec.checkpoint.index import Checkpoint, collector_paused, local_path
 from vllm_mixprec.errors import CheckpointError, PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan.plan import Plan
@@ -240,6 +240,7 @@ def _read_tensors(
             f"--deep reads tensors with {error.name}, which is not installed; expected torch and "
             "numpy. Install vLLM beside this package, or torch alone"
         ) from error
+    fetch(file for file in deep.files(table, checkpoints) if is_available(file))
     with tqdm(
         total=deep.count_bytes(table, checkpoints),
         desc="Reading tensors",

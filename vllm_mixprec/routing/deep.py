@@ -8,9 +8,9 @@ the base, some rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
+from pathlib import Path
 
 from vllm_mixprec.checkpoint.formats import Module
-from vllm_mixprec.checkpoint.hub import is_available
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.routing.findings import FindingLog
 from vllm_mixprec.routing.folds import judge
@@ -55,6 +55,16 @@ def examine(
     verdicts.report(log)
 
 
+def files(table: RouteTable, checkpoints: Mapping[str, Checkpoint]) -> set[Path]:
+    """Return the shards that :func:`examine` reads, be they here or on the hub."""
+    routes = [route for route in table.routes.values() if route.tensors]
+    specs = [spec for route in routes for spec in route.tensors.values()]
+    for route in routes:
+        if route.source != table.plan.base:
+            specs += checkpoints[table.plan.base].modules[route.module].tensors.values()
+    return {spec.file for spec in specs}
+
+
 def count_bytes(table: RouteTable, checkpoints: Mapping[str, Checkpoint]) -> int:
     """Return how many bytes :func:`examine` reads."""
     return sum(
@@ -78,7 +88,7 @@ def _modules(
         module = checkpoints[route.source].find(route.module)
         assert module is not None, f"{route.module} is routed to {route.source}"
         other = None if route.source == base else checkpoints[base].modules[route.module]
-        if other is not None and not all(is_available(s.file) for s in other.tensors.values()):
+        if other is not None and not all(s.file.exists() for s in other.tensors.values()):
             other = None  # in a shard that compose did not need
         yield route, module, other
 

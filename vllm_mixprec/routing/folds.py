@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 
 from vllm_mixprec.checkpoint.formats import Scheme
-from vllm_mixprec.checkpoint.hub import is_available
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.routing.disagreement import Comparison, FoldedFit, Inverse, Side
 from vllm_mixprec.routing.norms import feeding_norm, is_feeding_norm
@@ -189,7 +188,7 @@ def _read_pair(
     if own is None or base is None or own.shape != base.shape:
         return None
     for module in (own, base):
-        if module.problems or not all(is_available(s.file) for s in module.tensors.values()):
+        if module.problems or not all(s.file.exists() for s in module.tensors.values()):
             return None
     weights = [weights_of(one.scheme, one.tensors, one.shape).get("weight") for one in (own, base)]
     if weights[0] is None or weights[1] is None or weights[0][2] != weights[1][2]:

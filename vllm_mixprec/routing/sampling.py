@@ -44,7 +44,7 @@ def _sample(table: RouteTable) -> frozenset[str]:
     kinds: dict[tuple[str, str, str], tuple[int, str]] = {}
     for alike in table.alike:
         route = alike.example
-        if route.source != table.plan.base:
+        if route.source != table.plan.base and all(s.file.exists() for s in route.tensors.values()):
             kind = route.source, route.stored.label, generalise(route.module)
             kinds.setdefault(kind, (prod(route.shape), route.module))
     chosen, weights = set(), 0
