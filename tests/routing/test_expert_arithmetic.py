@@ -25,6 +25,7 @@ def check_experts(
     biases: bool = False,
     layout: dict[str, Any] | None = None,
     missing_kernel: str = "dequantize",
+    match: str = "**.mlp.experts",
     **changes: Any,
 ) -> Report:
     """Check a GLM whose routed experts, in layers 1 to 3, are FP8, with changes of its config."""
@@ -34,7 +35,7 @@ def check_experts(
         if biases:
             header |= _biases(header)
         write_checkpoint(folder / name, config, header)
-    rule = ("**.mlp.experts", "fp8")
+    rule = (match, "fp8")
     sources = ("bf16", "fp8")
     plan = make_plan(rule, folder=folder, sources=sources, missing_kernel=missing_kernel)
     return check(plan, platform=platform, **layout or {})
@@ -114,6 +115,16 @@ def test_experts_that_no_kernel_of_a_cpu_computes_are_an_error(
     finding = only(check_experts(tmp_path, Platform(platform), **changes), "kernel-missing")
     assert finding.level == "error"
     assert re.search(message, finding.message)
+
+
+def test_clamped_experts_are_an_error_unquantised_too(tmp_path: Path) -> None:
+    """vLLM would serve them, and leave the clamp out without a word."""
+    experts = "model.layers.1.mlp.experts"
+    finding = only(
+        check_experts(tmp_path, match=experts, swiglu_limits=[0, 0, 7.0, 0]), "kernel-missing"
+    )
+    assert finding.level == "error" and "leaves the clamp out" in finding.message
+    assert "4 modules, e.g. model.layers.2.mlp.experts.0" in finding.message
 
 
 def test_clamps_are_told_by_layer(tmp_path: Path) -> None:

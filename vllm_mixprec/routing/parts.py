@@ -19,7 +19,7 @@ from vllm_mixprec.routing.kinds import (
     spell_ranges,
 )
 from vllm_mixprec.routing.route import Route
-from vllm_mixprec.routing.structure import ModelDims, indexer_name, text_config
+from vllm_mixprec.routing.structure import ModelDims, indexer_name
 from vllm_mixprec.routing.table import RouteTable
 
 _OWN = "vLLM's own"
@@ -144,7 +144,8 @@ def _kernel_of(table: RouteTable, route: Route) -> str:
 
 def _has_fast_bf16(table: RouteTable, route: Route) -> bool:
     """Whether unquantised experts run in our CPU kernel, as quant/methods.py decides it."""
-    config, layout = text_config(table.base_config), table.layout
+    layout = table.layout
+    arithmetic = ModelDims.from_config(table.base_config).expert_arithmetic(route.module)
     if len(route.shape) != 2:
         return False
     rows, columns = route.shape
@@ -154,8 +155,8 @@ def _has_fast_bf16(table: RouteTable, route: Route) -> bool:
     return (
         table.platform.family == "cpu-avx512"
         and table.base_scheme.format == "bf16"
-        and config.get("hidden_act") == "silu"
-        and not config.get("swiglu_limit")
+        and arithmetic.is_plain
+        and "bias" not in route.tensors
         and rows // cut % 32 == 0
         and columns % 32 == 0
     )

@@ -168,14 +168,14 @@ class Widener:
     ) -> tuple[tuple[Scheme, ...], _Widening | None]:
         """Return the parts' schemes as served, and why they are widened if they are."""
         widened = (self._base_scheme,) * len(parts)
-        if not any(part.scheme.is_quantized for part in parts):
-            return tuple(part.scheme for part in parts), None
-        no_kernel = "missing_kernel" if self._options.missing_kernel == "error" else None
         is_split = self._layout.expert_parallel and self._layout.expert_ranks > 1
         unserved = unserved_experts(self._platform, parts[0].arithmetic, is_split)
         if unserved is not None:
             reason, remedy = unserved
             return widened, _Widening("kernel-missing", reason, None, remedy)
+        if not any(part.scheme.is_quantized for part in parts):
+            return tuple(part.scheme for part in parts), None
+        no_kernel = "missing_kernel" if self._options.missing_kernel == "error" else None
         for part in parts:
             if part.unquantized is not None:
                 return widened, _Widening("layer-unquantized", part.unquantized, no_kernel)
