@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens in vLLM's front end before a mixed model's engine starts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 
+from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.composition import plan_change
 from vllm_mixprec.couplings import SERVING, find_unfit
 from vllm_mixprec.device import refuse_old_driver, refuse_too_little_memory
@@ -32,7 +33,7 @@ from vllm_mixprec.quant.config import (
     plan_path,
 )
 from vllm_mixprec.quant.methods import usable_platform
-from vllm_mixprec.routing import Finding
+from vllm_mixprec.routing import Finding, RouteTable
 from vllm_mixprec.routing.check import examine
 from vllm_mixprec.routing.parts import spell_layers
 from vllm_mixprec.routing.sampling import compare_samples
@@ -72,7 +73,6 @@ def prepare(vllm_config: VllmConfig) -> None:
     report, checkpoints = examine(plan, layout, usable_platform(), dtype=dtype_of(vllm_config))
     _refuse_errors(path, report.findings)
     assert report.table is not None
-    _refuse_errors(path, compare_samples(report.table, checkpoints))
     # --hf-overrides can name a plan for another model than the one that is served.
     served = model_config.hf_config.to_dict()
     served["architectures"] = served.get(ARCHITECTURES_KEY, served.get("architectures"))
@@ -84,7 +84,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         )
     for line in spell_layers(report.table):
         logger.info("%s", line)
-    for finding in report.findings:
+    for finding in (*report.findings, *_compare_samples(path, report.table, checkpoints)):
         say = logger.warning if finding.level == "warning" else logger.info
         say("%s: %s", finding.where, finding.message)
     if load_config.load_format not in ("auto", LOAD_FORMAT):
@@ -165,6 +165,19 @@ def _refuse_errors(path: Path, findings: Iterable[Finding]) -> None:
     errors = [f"{f.where}: {f.message}" for f in findings if f.level == "error"]
     if errors:
         raise PlanError("\n".join([f"{path}: the plan cannot be served:", *errors]))
+
+
+def _compare_samples(
+    path: Path, table: RouteTable, checkpoints: Mapping[str, Checkpoint]
+) -> list[Finding]:
+    """Refuse folded factors that nothing takes back; warn of what else a few weights tell.
+
+    The check let those pass, and an operator may mean them: a fine-tuned expert, say.
+    """
+    found = compare_samples(table, checkpoints)
+    _refuse_errors(path, (finding for finding in found if finding.code == "weights-rescaled"))
+    said = "One weight of its kind was looked at: see check --deep."
+    return [replace(each, level="warning", message=f"{each.message} {said}") for each in found]
 
 
 def _refuse_unfit_vllm() -> None:
