@@ -30,7 +30,7 @@ import resource
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from bench_load import time_dd
 from load_child import set_cache, weight_files
 from synthetic import LARGE, LARGE_FOLDER, ROOT, write_models
 
-from vllm_mixprec.checkpoint import read_header
+from vllm_mixprec.checkpoint import TensorSpec, read_header
 from vllm_mixprec.checkpoint.buffers import READ_BYTES
 from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader, read_into
 from vllm_mixprec.checkpoint.stored import start_readers
@@ -52,8 +52,6 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 _STATX_DIOALIGN, _DIO_PLACE = 0x2000, 152  # include/uapi/linux/stat.h
 _AT_FDCWD = -100
 _LIBC = ctypes.CDLL(None)
-
-Read = Callable[[OpenFile, int, np.ndarray], None]
 
 
 def past_by_buffers(reader: RangeReader, file: OpenFile, start: int, place: np.ndarray) -> None:
@@ -86,14 +84,22 @@ WAYS = {
 }
 
 
-def _spec(file: OpenFile) -> Any:
-    return next(iter(read_header(file.file).values()))
+def _spec(file: OpenFile) -> TensorSpec:
+    return _first(file.file)
+
+
+@cache
+def _first(file: Path) -> TensorSpec:
+    """A tensor of a file, for errors to name."""
+    return next(iter(read_header(file).values()))
 
 
 def measure(files: list[Path], way: str) -> dict[str, float]:
     """Read all whole pages of files into fresh memory; MB/s, and CPU seconds a gigabyte."""
     set_cache(files, cold=True)
     opened = [OpenFile(file, None, may_pass=True) for file in files]
+    for file in opened:
+        _spec(file)
     reader = RangeReader(may_pass=True)
     jobs, total = [], 0
     for file in opened:

@@ -20,6 +20,7 @@ from vllm_mixprec.checkpoint.shards import SAFETENSORS, Shards, keep_headers
 from vllm_mixprec.errors import CheckpointError, MixPrecError, RouteError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.check import Report, examine
+from vllm_mixprec.routing.kernels import Platform
 from vllm_mixprec.routing.table import RouteTable
 
 __all__ = [
@@ -68,7 +69,12 @@ class ComposeRefused(RouteError):
         self.report = report
 
 
-def compose(plan: Plan, out: str | os.PathLike[str], force: bool = False) -> Report:
+def compose(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    force: bool = False,
+    platform: Platform | None = None,
+) -> Report:
     """Write a mixed model to ``out``; tensor data is linked, never copied.
 
     ::
@@ -85,6 +91,7 @@ def compose(plan: Plan, out: str | os.PathLike[str], force: bool = False) -> Rep
 
     Args:
         force: also replace a directory that is not empty and that compose did not make.
+        platform: where it will be served; None for this machine.
 
     Returns:
         The report of ``check``, which has no errors.
@@ -97,7 +104,7 @@ def compose(plan: Plan, out: str | os.PathLike[str], force: bool = False) -> Rep
     with _writing(Path(out)):
         target = Path(os.path.abspath(out))
         _require_replaceable(target, plan, force)
-    report, checkpoints = examine(plan)
+    report, checkpoints = examine(plan, platform=platform)
     if report.table is None:
         raise ComposeRefused(_summarise(report), report)
     shards = _shards_in_use(report.table, checkpoints)

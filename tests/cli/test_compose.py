@@ -100,3 +100,8 @@ def test_malformed_plan_is_explained(run, tmp_path):
     result = run("compose", plan, "-o", tmp_path / "mixed")
     assert result.code == 1
     assert f"error: {plan}:1" in result.err
+
+
+def test_platform_that_will_serve_it_is_named(run, mixed_plan, tmp_path):
+    result = run("compose", mixed_plan, "-o", tmp_path / "mixed", "--platform", "cuda-90", "--json")
+    assert result.code == 0 and result.json["platform"] == "cuda-90"

@@ -268,11 +268,24 @@ def test_module_that_comes_again_whole_is_a_trainers_next_step(
     intake = target.intake(feed.table)
     for _ in range(2):
         intake.load_weights(feed.tensors.items())
-    [first, *rest] = feed.wk.items()
-    intake.load_weights([first])
-    with pytest.raises(RouteError, match=rf"^{first[0]}: came twice before the rest"):
-        intake.load_weights([first])
-    assert rest
+    assert torch.equal(target.fused(0), feed.expected)
+
+
+def test_call_that_failed_leaves_nothing_behind(
+    serving: Serving, target: Built, tmp_path: Path
+) -> None:
+    feed = make_feed(serving, tmp_path, 0, store_wk(serving.base, "fp8-128x128"))
+    intake = target.intake(feed.table)
+    first = next(iter(feed.wk.items()))
+
+    def cut_short() -> Iterator[tuple[str, torch.Tensor]]:
+        yield first
+        raise OSError("the trainer is gone")
+
+    with pytest.raises(OSError, match="the trainer is gone"):
+        intake.load_weights(cut_short())
+    load_all(intake, [feed.tensors.items()])
+    assert torch.equal(target.fused(0), feed.expected)
 
 
 def test_tensor_of_another_form_of_the_module_is_an_error(

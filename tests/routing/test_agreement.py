@@ -212,21 +212,36 @@ def test_router_that_kept_its_bias_alone(tmp_path: Path) -> None:
     expect_error(check_tiny(tmp_path, drop(f"{name}.weight")), "module-missing", name)
 
 
-def test_module_that_layers_lack_is_one_finding(tmp_path: Path) -> None:
-    config = TINY_GLM | {"num_hidden_layers": 8}
-    header = glm_header(config)
-    drop("model.layers.2.self_attn.o_proj", "model.layers.5.self_attn.o_proj")(header)
-    report = check_base(write_checkpoint(tmp_path, config, header))
-    finding = expect_error(report, "module-missing", "model.layers.*.self_attn.o_proj")
-    assert "2 modules: model.layers.2.self_attn.o_proj, model.layers.5." in finding.message
-
-
-def test_module_that_many_layers_lack_is_how_they_are_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lacking", [(2, 5), (2, 3, 6, 7)])
+def test_module_that_several_layers_lack_is_how_they_are_made(
+    tmp_path: Path, lacking: tuple[int, ...]
+) -> None:
     """As where layers share keys and values, whatever config.json calls that."""
     config = TINY_GLM | {"num_hidden_layers": 8}
     header = glm_header(config)
-    drop(*(f"model.layers.{index}.self_attn.kv_" for index in (2, 3, 6, 7)))(header)
+    drop(*(f"model.layers.{index}.self_attn.kv_" for index in lacking))(header)
     assert check_base(write_checkpoint(tmp_path, config, header)).findings == ()
+
+
+@pytest.mark.parametrize(
+    "respelt",
+    [
+        {"embed_tokens": "embedding.word_embeddings", "layers.": "encoder.layers."},
+        {"layers.": "layers.layers."},
+    ],
+    ids=["chatglm", "plamo"],
+)
+def test_embeddings_and_norm_are_found_wherever_they_stand(
+    tmp_path: Path, respelt: dict[str, str]
+) -> None:
+    header = {}
+    for name, value in glm_header(TINY_GLM).items():
+        for ours, theirs in respelt.items():
+            name = name.replace(f"model.{ours}", f"model.{theirs}")
+        header[name] = value
+    report = check_base(write_checkpoint(tmp_path, TINY_GLM, header))
+    missing = [finding.where for finding in report.findings if finding.code == "module-missing"]
+    assert not [where for where in missing if "embed" in where or "norm" in where]
 
 
 @pytest.mark.parametrize("layers", [4, 5])  # without and with the MTP layer

@@ -70,12 +70,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="for serving with --speculative-config mtp: count the model's own multi-token "
         "prediction layers, loaded as the draft model, and require them",
     )
-    parser.add_argument(
-        "--platform",
-        metavar="NAME",
-        type=_platform,
-        help=f"whose kernels count: {_PLATFORMS}; default: this machine",
-    )
+    add_platform(parser)
     parser.add_argument(
         "--deep",
         action="store_true",
@@ -92,6 +87,16 @@ def _size(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected 1 or more")
     return int(text)
+
+
+def add_platform(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names where a model will be served."""
+    parser.add_argument(
+        "--platform",
+        metavar="NAME",
+        type=_platform,
+        help=f"whose kernels count: {_PLATFORMS}; default: this machine",
+    )
 
 
 def _platform(text: str) -> Platform:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mixprec.checkpoint.index import collector_paused
-from vllm_mixprec.cli.check import print_bytes_per_rank
+from vllm_mixprec.cli.check import add_platform, print_bytes_per_rank
 from vllm_mixprec.cli.output import (
     Progress,
     count_findings,
@@ -46,6 +46,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="also replace a directory that is not empty and that compose did not make",
     )
+    add_platform(parser)
     return parser
 
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Progress() as progress:
         progress("checking and composing", 0, 1)
         try:
-            report = compose(plan, arguments.output, force=arguments.force)
+            report = compose(plan, arguments.output, arguments.force, arguments.platform)
             code = 0
         except ComposeRefused as refused:
             report = refused.report

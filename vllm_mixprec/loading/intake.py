@@ -83,13 +83,17 @@ class Intake:
 
         Raises:
             RouteError: a tensor that the base does not have, or one that came twice in this call or
-                before the rest of its module did.
+                while it waits for the rest of its module.
         """
         # A draft's own loader wants a parameter of each layer in every call, and sees no experts.
         with disable_mtp_completeness_check():
-            if ledger is None:
-                return self._load(self._divert(self._assemble(weights)))
-            return self._load(self._divert(ledger.feed(self._assemble(weights)), on_late))
+            try:
+                if ledger is None:
+                    return self._load(self._divert(self._assemble(weights)))
+                return self._load(self._divert(ledger.feed(self._assemble(weights)), on_late))
+            except BaseException:
+                self._came, self._waiting = {}, {}  # the next call begins anew
+                raise
 
     def close(self) -> None:
         """Make sure that every module came whole or not at all; what waits is forgotten.
@@ -124,14 +128,12 @@ class Intake:
                     "that the plan routes the module to"
                 )
             came = self._came.setdefault(module, set())
-            if name in fed or suffix in came and came != route.tensors.keys():
+            if name in fed or suffix in self._waiting.get(module, ()):
                 when = "in one call" if name in fed else "before the rest of its module"
                 raise RouteError(
                     f"{name}: came twice {when}; expected once. Feed each tensor once, and all of "
                     "a module before any of it again"
                 )
-            if suffix in came:  # a trainer's next step, which closes nothing
-                came.clear()
             fed.add(name)
             came.add(suffix)
             if suffix == "g_idx" or (suffix != "bias" and (route.widened or route.relaid)):

@@ -11,7 +11,7 @@ from operator import or_
 from typing import NamedTuple
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Module
-from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, Looks
+from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, WEIGHTS, Looks
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.plan.patterns import Siblings, gather_siblings, numbered_braces
@@ -169,10 +169,11 @@ def _report_inner(
     base = checkpoints[plan.base].modules
     taken: dict[str, set[str | None]] = {}
     for each in assignments.values():
-        taken.setdefault(each.source, set()).update((each.module.name, each.module.fused))
+        if not WEIGHTS.isdisjoint(each.module.tensors):  # not of bare parameters beside modules
+            taken.setdefault(each.source, set()).update((each.module.name, each.module.fused))
     for source, names in taken.items():
-        for name in checkpoints[source].modules:
-            if name in base:
+        for name, inner in checkpoints[source].modules.items():
+            if name in base or inner.tensors.keys() <= ACTIVATION_SCALES:
                 continue
             parent = name.rpartition(".")[0]
             outer = next((up for up in (parent, parent.rpartition(".")[0]) if up in names), None)

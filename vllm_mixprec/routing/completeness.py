@@ -60,23 +60,27 @@ def _absent_ends(
 ) -> Iterator[tuple[str, str]]:
     """Yield embeddings, last norm and output head that are not there: name, why it is expected.
 
-    Families name them in many ways: whatever stands beside the layers and is called so counts.
+    Families name them in many ways: whatever stands outside of the layers and is called so counts.
+    Of norms without weights there is none, and a bare model, saved for embeddings, has no head.
     """
     if not layers:
         return
-    beside = next(iter(layers.values())).name.rpartition("layers.")[0]
+    beside = next(iter(layers.values())).name.partition("layers.")[0]
     outside = [
         name
         for name in checkpoint.modules
         if layer_index(name) is None and not (is_tower_module(name) or is_mtp_module(name))
     ]
-    leaves = [leaf_name(name) for name in outside if name.startswith(beside) or "." not in name]
+    leaves = [leaf_name(name) for name in outside]
+    has_norms = any("norm" in name for layer in layers.values() for name in layer.modules)
     if not any("embed" in leaf or leaf == "wte" for leaf in leaves):
         yield f"{beside}embed_tokens", "as the model's embeddings"
-    if not any("norm" in leaf or leaf == "ln_f" for leaf in leaves):
+    if has_norms and not any("norm" in leaf or leaf == "ln_f" for leaf in leaves):
         yield f"{beside}norm", "as the norm behind the last layer"
-    if _has_head(checkpoint.config, dims) and not any(
-        "head" in name or name.endswith(("output", "embed_out")) for name in outside
+    if (
+        beside
+        and _has_head(checkpoint.config, dims)
+        and not any("head" in name or name.endswith(("output", "embed_out")) for name in outside)
     ):
         yield "lm_head", "as config.json does not tie the output head to the embeddings"
 
@@ -93,11 +97,15 @@ def _has_head(config: Mapping[str, Any], dims: ModelDims) -> bool:
 
 
 def _schedules(config: Mapping[str, Any], dims: ModelDims) -> list[list[Any]]:
-    """Return the lists of a config.json with an entry a layer: layer_types, mlp_layer_types ..."""
+    """Return the lists of a config.json with an entry a layer: layer_types, mlp_layer_types ...
+
+    Also those one object further in, such as ``sparse_attention_config``'s.
+    """
     if dims.num_layers is None:
         return []
     sizes = range(max(1, dims.num_layers), dims.num_layers + dims.num_mtp_layers + 1)
-    values = text_config(config).values()
+    values = list(text_config(config).values())
+    values += [each for value in values if isinstance(value, dict) for each in value.values()]
     return [value for value in values if isinstance(value, list) and len(value) in sizes]
 
 
@@ -149,13 +157,14 @@ def _compared_names(layer: Layer, dims: ModelDims) -> set[str]:
 def _find_absent(sets: Mapping[int, frozenset[str]]) -> Iterator[tuple[int, str]]:
     """Yield what a layer's set lacks of the most common one that holds all of it and more.
 
-    Where many layers lack the same, they are made so: some families share keys and values.
+    Only of a layer that is alone in it: where several lack the same they may be made so, as those
+    that share keys and values. The start's ledger names what nothing fills in any case.
     """
     counts = Counter(sets.values())
     common = [names for names, _ in counts.most_common(_FULLEST)]
     for index, names in sets.items():
         fuller = next((other for other in common if other > names), None)
-        if fuller is not None and (counts[names] == 1 or 2 * counts[names] <= counts[fuller]):
+        if fuller is not None and counts[names] == 1:
             yield from ((index, name) for name in sorted(fuller - names))
 
 

@@ -42,9 +42,7 @@ def examine(
         CheckpointError: a file changed since its header was read.
     """
     verdicts = Verdicts(table)
-    for route, module, base in _modules(table, checkpoints):
-        if only is not None and route.module not in only:
-            continue
+    for route, module, base in _modules(table, checkpoints, only):
         if not module.problems and module.shape == route.shape:
             for pair in pairs_of(route, base):
                 comparison = None if report_packing(pair, log) else scan(pair, table, log)
@@ -74,14 +72,18 @@ def count_bytes(table: RouteTable, checkpoints: Mapping[str, Checkpoint]) -> int
 
 
 def _modules(
-    table: RouteTable, checkpoints: Mapping[str, Checkpoint]
+    table: RouteTable,
+    checkpoints: Mapping[str, Checkpoint],
+    only: Container[str] | None = None,
 ) -> Iterator[tuple[Route, Module, Module | None]]:
     """Yield what is served in file order: route, its module, the base's when that is another."""
     dims = ModelDims.from_config(table.base_config)
     routes = [
         route
         for module, route in table.routes.items()
-        if route.tensors and dims.is_loaded(module, table.layout.draft)
+        if route.tensors
+        and (only is None or module in only)
+        and dims.is_loaded(module, table.layout.draft)
     ]
     base = table.plan.base
     for route in sorted(routes, key=_position):

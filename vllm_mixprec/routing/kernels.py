@@ -243,6 +243,9 @@ def missing_kernel(
     return f"no {noun} kernel on {platform.name} for {scheme.label}: {kernel.name}: {why}"
 
 
+_ON_A_GPU = "Serve this model on a GPU (check and compose for one: --platform cuda-90)."
+
+
 def unserved_experts(
     platform: Platform, arithmetic: ExpertArithmetic, is_split: bool
 ) -> tuple[str, str] | None:
@@ -257,9 +260,9 @@ def unserved_experts(
         return None
     what = f"experts compute {arithmetic}; vLLM's own kernel for unquantised experts on a CPU"
     if arithmetic.activation not in _CPU_ACTIVATIONS:
-        return f"{what} has no such activation", "Serve this model on a GPU."
+        return f"{what} has no such activation", _ON_A_GPU
     if arithmetic.limit:
-        return f"{what} leaves the clamp out", "Serve this model on a GPU."
+        return f"{what} leaves the clamp out", _ON_A_GPU
     if is_split:
         return f"{what} takes other ranks' experts for its own", "Leave expert parallelism out."
     return None

@@ -13,13 +13,13 @@ from vllm_mixprec.routing.deep import examine
 from vllm_mixprec.routing.findings import Finding, FindingLog, generalise
 from vllm_mixprec.routing.table import RouteTable
 
-_MOST_WEIGHTS = 1 << 27  # some three seconds of reading and dequantising
+_MOST_WEIGHTS = 1 << 27  # some three seconds of reading and dequantising; those folded take longer
 
 
 def compare_samples(
     table: RouteTable, checkpoints: Mapping[str, Checkpoint]
 ) -> tuple[Finding, ...]:
-    """Read one weight of each kind, source and format; what check finds in headers is not repeated.
+    """Read a weight of each kind, source and format that is here, the smaller kinds first.
 
     A source may hold the base's weights with factors that another module takes back, or in another
     basis, of which no header tells. Quantising tools do to all weights of a kind what they do to
