@@ -97,6 +97,20 @@ def test_half_of_what_was_folded_is_refused(tmp_path: Path) -> None:
     assert engine_config(tmp_path / "whole").load_config.load_format == LOAD_FORMAT
 
 
+def test_experts_in_another_order_are_refused(tmp_path: Path) -> None:
+    """No header tells of it either, and no router: each is sound."""
+    base = write_base(tmp_path / "base")
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    before = read_base(base)
+    tensors = {name: before[name.replace(".experts.0.", ".experts.1.")] for name in before}
+    save_file({name: t.clone() for name, t in tensors.items()}, other / "model.safetensors")
+    rules = {"model.layers.{1-3}.mlp.experts.*": "other"}
+    compose(make_plan(base, {"other": other}, rules), tmp_path / "mixed")
+    match = r"experts\.0\.\w+: source 'other' holds weights of .*experts\.1\."
+    with pytest.raises(PlanError, match=match):
+        engine_config(tmp_path / "mixed")
+
+
 def test_weights_of_another_model_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

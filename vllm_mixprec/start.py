@@ -36,7 +36,7 @@ from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import Finding, RouteTable
 from vllm_mixprec.routing.check import examine
 from vllm_mixprec.routing.parts import spell_layers
-from vllm_mixprec.routing.sampling import compare_samples
+from vllm_mixprec.routing.sampling import NEVER_MEANT, compare_samples
 from vllm_mixprec.routing.sources import config_differences
 
 logger = init_logger("vllm.mixprec")
@@ -170,12 +170,13 @@ def _refuse_errors(path: Path, findings: Iterable[Finding]) -> None:
 def _compare_samples(
     path: Path, table: RouteTable, checkpoints: Mapping[str, Checkpoint]
 ) -> list[Finding]:
-    """Refuse folded factors that nothing takes back; warn of what else a few weights tell.
+    """Refuse what no operator can mean; warn of what else a few weights tell.
 
-    The check let those pass, and an operator may mean them: a fine-tuned expert, say.
+    Refused are folded factors that nothing takes back, files of other models and modules in
+    another order; fine-tuned experts, say, are not.
     """
     found = compare_samples(table, checkpoints)
-    _refuse_errors(path, (finding for finding in found if finding.code == "weights-rescaled"))
+    _refuse_errors(path, (finding for finding in found if finding.code in NEVER_MEANT))
     said = "One weight of its kind was looked at: see check --deep."
     return [replace(each, level="warning", message=f"{each.message} {said}") for each in found]
 

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.routing.disagreement import Comparison, FoldedFit, Inverse, Side
 from vllm_mixprec.routing.norms import feeding_norm, is_feeding_norm
-from vllm_mixprec.routing.pairs import Pair, both, packing_problems, scan, weights_of
+from vllm_mixprec.routing.pairs import Pair, both, open_pair, scan
 from vllm_mixprec.routing.route import Route
-from vllm_mixprec.routing.stored import StoredWeight, expected_error2, tile_of
+from vllm_mixprec.routing.stored import expected_error2, tile_of
 from vllm_mixprec.routing.structure import ModelDims
 from vllm_mixprec.routing.table import RouteTable
 from vllm_mixprec.routing.verdicts import Verdicts, other_halves
@@ -101,7 +100,7 @@ def _norm_factors(
     name: str, source: str, table: RouteTable, checkpoints: Mapping[str, Checkpoint]
 ) -> tuple[torch.Tensor, float] | None:
     """Return a source's norm over the base's, and the mean square of its relative error."""
-    pair = _read_pair(name, source, table, checkpoints)
+    pair = open_pair(name, source, table, checkpoints)
     if pair is None or pair.base is None or pair.source.scheme.is_quantized:
         return None
     values, noise2 = [], 0.0
@@ -127,7 +126,7 @@ def _other_factors(
     For its rows, those of the other's columns. They are 1 where the other is not the base's weight
     but for them: that is reported of it. As in :func:`_norm_factors`.
     """
-    pair = _read_pair(name, route.source, table, checkpoints)
+    pair = open_pair(name, route.source, table, checkpoints)
     if pair is None or len(pair.source.shape) != 2:
         return None
     n, k = pair.source.shape
@@ -175,25 +174,3 @@ def _rows_of_columns(module: str, n: int, k: int, dims: ModelDims) -> torch.Tens
         return None
     column = torch.arange(k)
     return column // size // (heads // groups) * step + (step - size) + column % size
-
-
-def _read_pair(
-    name: str, source: str, table: RouteTable, checkpoints: Mapping[str, Checkpoint]
-) -> Pair | None:
-    """Open a module of a source, routed there or not, with the base's; None where one is missing.
-
-    So it is of a module that cannot be read, which is reported of it where it is routed.
-    """
-    own, base = checkpoints[source].find(name), checkpoints[table.plan.base].modules.get(name)
-    if own is None or base is None or own.shape != base.shape:
-        return None
-    for module in (own, base):
-        if module.problems or not all(s.file.exists() for s in module.tensors.values()):
-            return None
-    weights = [weights_of(one.scheme, one.tensors, one.shape).get("weight") for one in (own, base)]
-    if weights[0] is None or weights[1] is None or weights[0][2] != weights[1][2]:
-        return None
-    widened = Scheme("bf16", bits=16)  # so that its order and zero points may be any
-    route = Route(name, source, own.scheme, widened, None, own.tensors, own.shape)
-    pair = Pair(name, route, StoredWeight(*weights[0]), StoredWeight(*weights[1]))
-    return None if any(packing_problems(pair)) else pair

@@ -12,6 +12,7 @@ import torch
 from vllm_mixprec.checkpoint.formats import PLAIN_DTYPES, Module, Scheme
 from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES
 from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.routing.disagreement import Comparison, Inverse
 from vllm_mixprec.routing.findings import FindingLog
 from vllm_mixprec.routing.norms import is_feeding_norm
@@ -252,3 +253,25 @@ def _compare_rows(
 def both(pair: Pair) -> tuple[StoredWeight, StoredWeight]:
     assert pair.base is not None
     return pair.source, pair.base
+
+
+def open_pair(
+    name: str, source: str, table: RouteTable, checkpoints: Mapping[str, Checkpoint]
+) -> Pair | None:
+    """Open a weight of a source, routed there or not, with the base's; None where one is missing.
+
+    So it is of a module that cannot be read, which is reported of it where it is routed.
+    """
+    own, base = checkpoints[source].find(name), checkpoints[table.plan.base].modules.get(name)
+    if own is None or base is None or own.shape != base.shape:
+        return None
+    for module in (own, base):
+        if module.problems or not all(s.file.exists() for s in module.tensors.values()):
+            return None
+    weights = [weights_of(one.scheme, one.tensors, one.shape).get("weight") for one in (own, base)]
+    if weights[0] is None or weights[1] is None or weights[0][2] != weights[1][2]:
+        return None
+    widened = Scheme("bf16", bits=16)  # so that its order and zero points may be any
+    route = Route(name, source, own.scheme, widened, None, own.tensors, own.shape)
+    pair = Pair(name, route, StoredWeight(*weights[0]), StoredWeight(*weights[1]))
+    return None if any(packing_problems(pair)) else pair

@@ -11,7 +11,11 @@ import torch
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.routing.deep import examine
 from vllm_mixprec.routing.findings import Finding, FindingLog, generalise
+from vllm_mixprec.routing.strangers import MISPLACED, report_strangers
 from vllm_mixprec.routing.table import RouteTable
+
+NEVER_MEANT = ("weights-rescaled", MISPLACED)
+"""Codes of findings that no operator can mean; others may be fine-tuned weights."""
 
 _MOST_WEIGHTS = 1 << 27  # some three seconds of reading and dequantising; those folded take longer
 
@@ -23,7 +27,7 @@ def compare_samples(
 
     A source may hold the base's weights with factors that another module takes back, or in another
     basis, of which no header tells. Quantising tools do to all weights of a kind what they do to
-    one. Imports torch.
+    one. A few rows of each file are read besides (:mod:`.strangers`). Imports torch.
 
     Raises:
         CheckpointError: a file changed since its header was read.
@@ -33,6 +37,7 @@ def compare_samples(
     # OpenMP that has run here hangs in workers that are forked.
     torch.set_num_threads(1)
     try:
+        report_strangers(table, checkpoints, log)
         examine(table, checkpoints, log, lambda done: None, only=_sample(table))
     finally:
         torch.set_num_threads(threads)
