@@ -16,7 +16,7 @@ from tests.loading.serving import make_plan
 from tests.spellings import RANDOM, respell, stack
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import CheckpointError, MixPrecError
-from vllm_mixprec.loading.reload import as_sources_are
+from vllm_mixprec.loading.reload import as_sources_are, hash_fixed
 from vllm_mixprec.routing import Layout, Route, load_route_table
 from vllm_mixprec.routing.kernels import Platform
 
@@ -128,3 +128,13 @@ def test_a_file_gone_is_an_error(started):
     started.file.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         started.now()
+
+
+def test_front_ends_and_workers_mean_the_same_by_as_it_was(started):
+    """By a hash of it all a front end refuses, before anything is changed, what a worker would."""
+    before = hash_fixed(started.resolve().routes)
+    started.rewrite(double)
+    assert hash_fixed(started.resolve().routes) == before
+    started.now()
+    started.touch(lambda: swap(started.file, *(GATE_UP.format(layer) for layer in (0, 1))))
+    assert hash_fixed(started.resolve().routes) != before

@@ -9,6 +9,10 @@ from pathlib import Path
 
 from vllm_mixprec.errors import CheckpointError
 
+# What stands in a clone for a file that Git LFS did not bring (docs/spec.md of git-lfs).
+_POINTER = b"version https://git-lfs.github.com/spec/v1"
+_POINTER_BYTES = 1024  # a pointer is smaller
+
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
@@ -29,15 +33,27 @@ def open_file(file: Path) -> tuple[int, FileStamp]:
 
     Raises:
         OSError: it cannot be opened, or is a directory, pipe or device.
+        CheckpointError: a Git LFS pointer lies in its place.
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(file))
-        return descriptor, _stamp(descriptor)
+        stamp = _stamp(descriptor)
+        _refuse_pointer(file, descriptor, stamp.size_bytes)
+        return descriptor, stamp
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def _refuse_pointer(file: Path, descriptor: int, size_bytes: int) -> None:
+    """Say what such a file is: to those who parse it, it would only be damaged."""
+    if size_bytes < _POINTER_BYTES and os.pread(descriptor, len(_POINTER), 0) == _POINTER:
+        raise CheckpointError(
+            f"{file}: a Git LFS pointer, {size_bytes} bytes, expected the file itself. Run "
+            f"`git lfs pull` in {file.parent}, or download the model with the hub's own tool."
+        )
 
 
 def reopen(file: Path, stamp: FileStamp | None) -> int:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import RawHeader, header_length
-from vllm_mixprec.checkpoint.index import suggest_directories, tensors_by_shard
+from vllm_mixprec.checkpoint.index import suggest_directories
+from vllm_mixprec.checkpoint.json_files import tensors_by_shard
 from vllm_mixprec.checkpoint.shards import (
     HEADER_THREADS,
     HEADERS_FILE,

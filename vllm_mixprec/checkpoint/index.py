@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a checkpoint directory: config, shards, and the modules that their headers hold."""
+"""Finds and opens a checkpoint's directory: config, shards, the modules that their headers hold."""
 
 import difflib
 import gc
@@ -11,22 +11,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from operator import attrgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from vllm_mixprec.checkpoint.bounded_json import parse_json
-from vllm_mixprec.checkpoint.files import open_file
 from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig
 from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, misfit
 from vllm_mixprec.checkpoint.header import DTYPE_BITS, UNREAD_DTYPES, TensorSpec
+from vllm_mixprec.checkpoint.json_files import read_config, tensors_by_shard
 from vllm_mixprec.checkpoint.parts import read_modules
 from vllm_mixprec.checkpoint.shards import SAFETENSORS, TORCH, Container, Shards
 from vllm_mixprec.checkpoint.spelling import canonical_name, index_by_key, mark_clashes
-from vllm_mixprec.checkpoint.usual_json import decode_weight_map
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
-
-MAX_JSON_BYTES = 64 << 20
-"""Of config.json and of an index; the largest index known, of 92,000 tensors, has 9 MB."""
 
 _SIBLINGS = 10_000  # entries of a folder that are looked at for a name that was meant
 
@@ -93,8 +88,7 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
             f"{path}: not a directory, expected a checkpoint with config.json and safetensors "
             "files. Correct the source's path."
         )
-    config_file = path / "config.json"
-    config = _parse_object(config_file, _read_json(config_file))
+    config = read_config(path)
     if _is_composed(config):
         raise CheckpointError(
             f"{path}: a directory that compose made, expected a checkpoint's. Name one of its "
@@ -213,39 +207,6 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _read_json(file: Path) -> bytes:
-    """Read a JSON file, of a size that can be parsed."""
-    try:
-        descriptor, stamp = open_file(file)
-        with open(descriptor, "rb") as stream:
-            if stamp.size_bytes > MAX_JSON_BYTES:
-                raise CheckpointError(
-                    f"{file}: {stamp.size_bytes} bytes, expected at most {MAX_JSON_BYTES}. "
-                    "Download the file again."
-                )
-            return stream.read(stamp.size_bytes)
-    except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be read ({error.strerror or error}), expected a JSON file. "
-            "Download the checkpoint again, or correct the source's path."
-        ) from error
-
-
-def _parse_object(file: Path, raw: bytes) -> dict[str, Any]:
-    """Parse a JSON file that holds an object."""
-    try:
-        content = parse_json(raw)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file}: not valid JSON ({error}). Download the file again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{file}: a JSON {type(content).__name__}, expected an object. Download the file again."
-        )
-    return content
-
-
 def _open_indexed(path: Path, shards: Shards) -> tuple[dict[str, TensorSpec], list[str]]:
     """Read the shards that the index names, and compare them with it."""
     container = shards.container
@@ -290,40 +251,6 @@ def _open_indexed(path: Path, shards: Shards) -> tuple[dict[str, TensorSpec], li
             found = {name: spec for name, spec in found.items() if name not in unnamed}
         tensors.update(found)
     return tensors, problems
-
-
-def tensors_by_shard(index: Path, container: Container) -> dict[str, list[str]]:
-    """Read an index: shard file name, sorted -> names of its tensors."""
-    raw = _read_json(index)
-    weight_map: Any = decode_weight_map(raw)
-    if weight_map is None:
-        weight_map = _parse_object(index, raw).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(
-            f"{index}: weight_map is {type(weight_map).__name__}, expected an object of tensor "
-            "name to shard. Download the index again."
-        )
-    by_shard: dict[str, list[str]] = {}
-    names: list[str] = []
-    last = object()  # no name of a shard is equal to it
-    for tensor, shard in weight_map.items():
-        if shard != last:  # a shard's tensors mostly follow each other
-            if type(shard) is not str or not (shard in by_shard or _stays_inside(shard, container)):
-                raise CheckpointError(
-                    f"{index}: tensor {tensor!r} is in {shard!r}, expected the name of a "
-                    f"{container.kind} file in the same directory. Download the index again."
-                )
-            last = shard
-            names = by_shard.setdefault(shard, [])
-        names.append(tensor)
-    return dict(sorted(by_shard.items()))
-
-
-def _stays_inside(shard: str, container: Container) -> bool:
-    """Whether a shard's name, which a stranger may have written, stays in its directory."""
-    parts = PurePosixPath(shard).parts
-    is_relative = not shard.startswith("/")  # of "//x" the first part is "//"
-    return shard.endswith(f".{container.kind}") and is_relative and ".." not in parts
 
 
 def _open_unindexed(path: Path, found_shards: Shards) -> dict[str, TensorSpec]:

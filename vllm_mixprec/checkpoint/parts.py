@@ -3,23 +3,21 @@
 
 Two kinds of fusing are known. All experts of a layer in one tensor of three dimensions, gate and up
 maybe in one, ``(experts, N, K)`` or, as in Llama 4 and Qwen3-VL-MoE, ``(experts, K, N)``. And
-linears that are stacked along N, ``qkv_proj`` and ``gate_up_proj``. Scales, zero points and biases
-are cut with their weight; what speaks for the whole is repeated. No data is read or copied here.
+linears that are stacked along N, ``qkv_proj`` and ``gate_up_proj``. No data is read or copied here.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig, Scheme, recognise
-from vllm_mixprec.checkpoint.formats.base import ACTIVATION_SCALES, WEIGHTS, Looks
-from vllm_mixprec.checkpoint.formats.fp8 import SCALE_SUFFIXES
-from vllm_mixprec.checkpoint.header import TensorSpec, View
+from vllm_mixprec.checkpoint.cutting import Stored, cut_rows, make_part
+from vllm_mixprec.checkpoint.formats import Module, QuantizationConfig, recognise
+from vllm_mixprec.checkpoint.formats.base import WEIGHTS, Looks
+from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.errors import CheckpointError
 
 Groups = Mapping[str, dict[str, TensorSpec]]
@@ -54,42 +52,6 @@ _INTERLEAVED_TYPES = frozenset({"gpt_oss"})
 
 _TOWER = re.compile(r"(?:^|\.)(?:visual|vision|audio)")
 _kind_of = attrgetter("dtype", "shape")
-_SHARED = ACTIVATION_SCALES | {"g_idx", "weight_g_idx"}
-_BY_COLUMN = frozenset({"qweight", "qzeros", "scales"})
-_OF_WORDS = frozenset({"qzeros", "weight_zero_point"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """One tensor of a fused linear, or of all experts as each of them sees it.
-
-    ``shape`` is what one expert has, once it is transposed where it is stored so; ``stride`` the
-    bytes from one expert to the next, 0 for what they share.
-    """
-
-    spec: TensorSpec
-    shape: tuple[int, ...]
-    stride: int = 0
-    transposed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Where a part lies within a stored tensor, ``offset`` from where an expert's begins."""
-
-    stored: _Stored
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    view: View | None
-
-    def spec(self, name: str, expert: int) -> TensorSpec:
-        whole = self.stored.spec
-        start = whole.start + expert * self.stored.stride + self.offset
-        end = start + self.nbytes
-        return TensorSpec(
-            name, whole.dtype, self.shape, whole.file, start, end, self.view, whole.stamp
-        )
 
 
 @dataclass(slots=True)
@@ -192,8 +154,12 @@ def _bare_members(tensors: Mapping[str, TensorSpec]) -> dict[str, dict[str, Tens
 
 def _num_experts(tensors: Mapping[str, TensorSpec]) -> int:
     """Return how many experts a weight of three dimensions holds, 0 when there is none."""
-    weight = next((tensors[suffix] for suffix in WEIGHTS if suffix in tensors), None)
+    weight = _weight(tensors)
     return weight.shape[0] if weight is not None and len(weight.shape) == 3 else 0
+
+
+def _weight(tensors: Mapping[str, TensorSpec]) -> TensorSpec | None:
+    return next((tensors[suffix] for suffix in WEIGHTS if suffix in tensors), None)
 
 
 def whole_stacks(module: Module) -> dict[str, tuple[TensorSpec, int]]:
@@ -207,7 +173,7 @@ def whole_stacks(module: Module) -> dict[str, tuple[TensorSpec, int]]:
     if leaf == "experts":
         named = {name: module.tensors[name] for name in _STACKS if name in module.tensors}
     elif leaf in _STACKS and parent.endswith(".experts"):
-        weight = next((module.tensors[name] for name in WEIGHTS if name in module.tensors), None)
+        weight = _weight(module.tensors)
         named = {} if weight is None else {leaf: weight}
     else:
         return {}
@@ -274,22 +240,22 @@ def _split_stack(
         )
         rows = one.shape[0] // len(_STACKS[leaf])
         cuts = [
-            (part, *_cut(one, stored, part, range(number * rows, (number + 1) * rows)))
+            (part, *cut_rows(one, stored, part, range(number * rows, (number + 1) * rows)))
             for number, part in enumerate(_STACKS[leaf])
         ]
         for expert in range(experts):
             for part, pieces, problems in cuts:
                 name = f"{stack.name}.{expert}.{part}"
-                yield _make_part(one, name, expert, rows, pieces, problems)
+                yield make_part(one, name, expert, rows, pieces, problems)
 
 
-def _of_one_expert(spec: TensorSpec, experts: int, transposed: bool) -> _Stored:
+def _of_one_expert(spec: TensorSpec, experts: int, transposed: bool) -> Stored:
     """Describe what one expert has of a tensor: its slice, or all of what they share."""
     if spec.shape[:1] != (experts,):
-        return _Stored(spec, spec.shape)
+        return Stored(spec, spec.shape)
     shape, stride = spec.shape[1:], (spec.end - spec.start) // experts
     swapped = transposed and len(shape) == 2
-    return _Stored(spec, shape[::-1] if swapped else shape, stride, swapped)
+    return Stored(spec, shape[::-1] if swapped else shape, stride, swapped)
 
 
 # Linears stacked along N.
@@ -303,11 +269,11 @@ def _split_linear(module: Module, text: Mapping[str, Any]) -> list[Module]:
     if "layers." not in module.name or _TOWER.search(module.name):
         return []
     sizes = _part_sizes(leaf, module.shape[0], text)
-    stored = {suffix: _Stored(spec, spec.shape) for suffix, spec in module.tensors.items()}
+    stored = {suffix: Stored(spec, spec.shape) for suffix, spec in module.tensors.items()}
     parts, first = [], 0
     for part, rows in zip(_LINEARS[leaf], sizes, strict=False):
-        pieces, problems = _cut(module, stored, part, range(first, first + rows))
-        parts.append(_make_part(module, f"{parent}.{part}", 0, rows, pieces, problems))
+        pieces, problems = cut_rows(module, stored, part, range(first, first + rows))
+        parts.append(make_part(module, f"{parent}.{part}", 0, rows, pieces, problems))
         first += rows
     return parts
 
@@ -324,92 +290,3 @@ def _part_sizes(leaf: str, rows: int, text: Mapping[str, Any]) -> tuple[int, ...
     if left or head_dim not in (None, size):
         return ()
     return heads * size, kv_heads * size, kv_heads * size
-
-
-# What both have in common: rows of a module, cut out of all its tensors.
-
-
-def _make_part(
-    fused: Module,
-    name: str,
-    expert: int,
-    rows: int,
-    pieces: Mapping[str, _Piece],
-    problems: tuple[str, ...],
-) -> Module:
-    tensors = {suffix: piece.spec(f"{name}.{suffix}", expert) for suffix, piece in pieces.items()}
-    return Module(name, tensors, fused.scheme, (rows, fused.shape[1]), problems, fused.name)
-
-
-def _cut(
-    fused: Module, stored: Mapping[str, _Stored], part: str, rows: range
-) -> tuple[dict[str, _Piece], tuple[str, ...]]:
-    """Cut some rows out of every tensor of a module; also say what cannot be cut there."""
-    pieces: dict[str, _Piece] = {}
-    problems = fused.problems
-    for suffix, tensor in stored.items():
-        piece = _piece(fused, suffix, tensor, rows)
-        if piece is not None:
-            pieces[suffix] = piece
-        elif not fused.problems:
-            per_entry = _rows_per_entry(suffix, tensor.shape, fused)
-            problems += (
-                f"{fused.name}.{suffix}: rows {rows.start} to {rows.stop - 1} of "
-                f"{fused.shape[0]} are {part}, but {per_entry} rows share an entry of "
-                f"{list(tensor.shape)}; expected each part to begin with one. Choose a source that "
-                "stores the parts apart.",
-            )
-    return pieces, problems
-
-
-def _piece(fused: Module, suffix: str, tensor: _Stored, rows: range) -> _Piece | None:
-    """Return the part of a tensor that belongs to rows of its module, None where none does."""
-    shape, spec = tensor.shape, tensor.spec
-    nbytes = tensor.stride or spec.end - spec.start
-    if suffix == "weight_shape":
-        values = (len(rows), fused.shape[1])
-        return _Piece(tensor, 0, nbytes, shape, View(shape, values=values))
-    as_stored = shape[::-1] if tensor.transposed else shape
-    whole = View(as_stored, transposed=True) if tensor.transposed else None
-    if suffix in _SHARED or len(rows) == fused.shape[0] or math.prod(shape) == 1:
-        return _Piece(tensor, 0, nbytes, shape, whole)
-    axis = 1 if suffix in _BY_COLUMN else 0
-    entries = _entries(suffix, shape, axis, fused, rows)
-    if entries is None:
-        return None
-    cut = (*shape[:axis], len(entries), *shape[axis + 1 :])
-    if (axis == 1) != tensor.transposed:
-        columns = (entries.start, entries.stop)
-        return _Piece(tensor, 0, nbytes, cut, View(as_stored, columns, tensor.transposed))
-    each = nbytes // as_stored[0]
-    view = View(cut[::-1], transposed=True) if tensor.transposed else None
-    return _Piece(tensor, entries.start * each, len(entries) * each, cut, view)
-
-
-def _entries(
-    suffix: str, shape: tuple[int, ...], axis: int, fused: Module, rows: range
-) -> range | None:
-    """Return which entries along N of a tensor belong to some rows; None where one is cut."""
-    if len(shape) <= axis:
-        return None
-    per_entry = _rows_per_entry(suffix, shape, fused)
-    first, last = rows.start // per_entry, -(-rows.stop // per_entry)
-    if last > shape[axis]:
-        return None  # the module's problems say what is wrong with its shape
-    if suffix in SCALE_SUFFIXES:
-        # A scale stands for each of its rows, in whichever part they are.
-        starts_whole = rows.start % per_entry == 0 or last - first == 1
-        return range(first, last) if starts_whole else None
-    is_whole = rows.start % per_entry == 0 and (
-        rows.stop % per_entry == 0 or rows.stop == fused.shape[0]
-    )
-    return range(first, last) if is_whole else None
-
-
-def _rows_per_entry(suffix: str, shape: tuple[int, ...], fused: Module) -> int:
-    """Return how many rows of the weight one entry of a tensor stands for."""
-    scheme: Scheme = fused.scheme
-    if suffix in SCALE_SUFFIXES and scheme.block is not None:
-        return scheme.block[0]
-    is_packed = suffix in _OF_WORDS or (suffix == "qweight" and scheme.format == "awq")
-    return 32 // scheme.bits if is_packed else 1

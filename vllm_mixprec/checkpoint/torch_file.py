@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads where the tensors of one PyTorch file (``.bin``) lie: no data, and no pickle's code.
 
-Such a file is a zip archive (torch/serialization.py, ``_legacy_save`` and ``_save``): ``data.pkl``
-names the tensors, and each storage is an uncompressed record ``data/KEY``. The pickle is read by
+Such a file is a zip archive (torch/serialization.py, ``_save``): ``data.pkl`` names the tensors,
+and each storage is an uncompressed record ``data/KEY``. The pickle is read by
 ``torch.load(weights_only=True)`` alone, which builds tensors and nothing else, onto the "meta"
 device, where it allocates nothing and notes each storage's offset in the file.
 """

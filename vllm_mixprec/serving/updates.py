@@ -2,7 +2,6 @@
 """The routes that change a running model, for operators who asked for them."""
 
 import asyncio
-import hashlib
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_mixprec.errors import MixPrecError
+from vllm_mixprec.loading.reload import hash_fixed
 from vllm_mixprec.serving.errors import ApiError, MixPrecRoute
 from vllm_mixprec.serving.model_info import has_plan, load_table
 
@@ -66,7 +66,7 @@ class Reloader:
         config = client.vllm_config
         if not updates_allowed() or not has_plan(config):
             return cls(client)
-        return cls(client, await asyncio.to_thread(fingerprint_sources, config))
+        return cls(client, await asyncio.to_thread(_fingerprint_sources, config))
 
     async def reload(self) -> dict[str, Any]:
         """Let running requests end, hold new ones back, read the weights, go on.
@@ -100,7 +100,7 @@ class Reloader:
         if self._fingerprint is None:
             return
         try:
-            found = await asyncio.to_thread(fingerprint_sources, self._client.vllm_config)
+            found = await asyncio.to_thread(_fingerprint_sources, self._client.vllm_config)
         except MixPrecError as error:
             raise ApiError(409, "conflict", f"nothing was reloaded: {error}") from error
         if found != self._fingerprint:
@@ -146,15 +146,10 @@ class Reloader:
             ) from error
 
 
-def fingerprint_sources(vllm_config: "VllmConfig") -> str:
-    """Hash where each routed tensor lies, and of which shape and dtype it is.
+def _fingerprint_sources(vllm_config: "VllmConfig") -> str:
+    """Tell how the sources lie by now.
 
     Raises:
         MixPrecError: a source is missing, cut short or does not fit the plan any more.
     """
-    digest = hashlib.sha256()
-    for module, route in load_table(vllm_config).routes.items():
-        for suffix, spec in route.tensors.items():
-            place = (spec.file, spec.name, spec.dtype, spec.shape, spec.start, spec.end)
-            digest.update(repr((module, route.served, suffix, *place)).encode())
-    return digest.hexdigest()
+    return hash_fixed(load_table(vllm_config).routes)

@@ -25,7 +25,8 @@ from vllm_mixprec.checkpoint.formats.base import (
     misfit,
     missing,
 )
-from vllm_mixprec.checkpoint.formats.config import CompressedTensors, QuantizationConfig
+from vllm_mixprec.checkpoint.formats.config import QuantizationConfig
+from vllm_mixprec.checkpoint.formats.ct_config import CompressedTensors
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:

@@ -6,16 +6,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_mixprec.errors import CheckpointError, UnsupportedError
-from vllm_mixprec.expressions import Expression, compile_expression
-
-Settings = Mapping[str, Any]
+from vllm_mixprec.checkpoint.formats.ct_config import CompressedTensors
+from vllm_mixprec.checkpoint.formats.settings import (
+    Settings,
+    bad_field,
+    compile_field,
+    describe_field,
+    matches,
+    parse_block,
+    read_field,
+    read_objects,
+)
+from vllm_mixprec.errors import UnsupportedError
+from vllm_mixprec.expressions import Expression
 
 # What makes vLLM take a key of auto-round's ``extra_config`` for an expression.
 _SPECIAL = re.compile(r"[*+?^$()\[\]{}|\\]")
 
 _LEADING_FLAGS = re.compile(r"(?:\(\?[aiLmsux]+\))*")
-_BLOCK = re.compile(r"[0-9]{1,9}x[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,65 +34,6 @@ class IntegerArgs:
     group_size: int
     symmetric: bool
     desc_act: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WeightArgs:
-    """``weights`` of a compressed-tensors config group (quantization/quant_args.py).
-
-    Attributes:
-        kind: "int" or "float".
-        bits: ``num_bits``.
-        strategy: "tensor", "channel", "group", "block", ...
-        group_size: of strategy "group".
-        block: ``block_structure`` of strategy "block".
-        has_order: ``actorder`` "group": weight_g_idx tells a column's group.
-    """
-
-    kind: str
-    bits: int
-    strategy: str
-    group_size: int | None
-    block: tuple[int, int] | None
-    symmetric: bool
-    has_order: bool
-
-
-@dataclass(frozen=True, slots=True)
-class CompressedTensors:
-    """``config_groups`` and ``ignore`` of compressed-tensors, by what their targets name.
-
-    Attributes:
-        by_name: settings of targets that are a module's name.
-        by_pattern: of targets that start with "re:", matched from the name's beginning; sorted.
-        linear: of the target "Linear", which stands for every linear layer.
-        ignored_names, ignored_patterns: modules that are not quantised.
-    """
-
-    by_name: Mapping[str, WeightArgs]
-    by_pattern: tuple[tuple[Expression, WeightArgs], ...]
-    linear: WeightArgs | None
-    ignored_names: frozenset[str]
-    ignored_patterns: tuple[Expression, ...]
-
-    def weights_of(self, name: str) -> WeightArgs | None:
-        """Return the settings of a module, None when no group targets it.
-
-        Names come before patterns, patterns before "Linear" (utils/match.py, ``match_targets``).
-        """
-        args = self.by_name.get(name)
-        if args is not None:
-            return args
-        for pattern, args in self.by_pattern:
-            if _matches(pattern, name):
-                return args
-        return self.linear
-
-    def ignores(self, name: str) -> bool:
-        """Whether ``ignore`` keeps a module unquantised."""
-        return name in self.ignored_names or any(
-            _matches(pattern, name) for pattern in self.ignored_patterns
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +85,11 @@ class QuantizationConfig:
         if not isinstance(raw, Mapping):
             raise bad_field("", raw, "an object")
         _refuse_rotations(raw)
-        named = _own(raw, "quant_method", str, "").lower()
+        named = read_field(raw, "quant_method", str, "").lower()
         method = _METHODS.get(named, named) or None
-        block = _parse_block("weight_block_size", raw.get("weight_block_size"))
+        block = parse_block("weight_block_size", raw.get("weight_block_size"))
         if method == "compressed-tensors":
-            return cls(method=method, block=block, compressed=_parse_compressed(raw))
+            return cls(method=method, block=block, compressed=CompressedTensors.parse(raw))
         if method not in _LAYOUT_KEYS:
             return cls(method=method, block=block)
         data_type = raw.get("data_type", "int")
@@ -150,19 +99,19 @@ class QuantizationConfig:
         packings = {_PACKINGS.get((method, layout.lower())) for layout in layouts.values()}
         found = packings.pop() if len(packings) == 1 else None  # else they contradict each other
         packing, zero_offset = found or (None, 0)
-        extra = _settings_by_name(raw, "extra_config")
+        extra = read_objects(raw, "extra_config")
         overrides = (*_parse_dynamic(raw.get("dynamic") or {}), *_parse_extra_patterns(extra))
-        has_zero_points = _own(raw, "zero_point", bool, method == "awq")
+        has_zero_points = read_field(raw, "zero_point", bool, method == "awq")
         return cls(
             method=method,
             block=block,
             packing=packing,
             layout=" and ".join(f'{key} "{layout}"' for key, layout in layouts.items()),
             zero_offset=zero_offset,
-            bits=_own(raw, "bits", int, _field(raw, "w_bit", int)),
-            group_size=_own(raw, "group_size", int, _field(raw, "q_group_size", int)),
-            symmetric=_own(raw, "sym", bool, not has_zero_points),
-            desc_act=_field(raw, "desc_act", bool) is True,
+            bits=read_field(raw, "bits", int, read_field(raw, "w_bit", int)),
+            group_size=read_field(raw, "group_size", int, read_field(raw, "q_group_size", int)),
+            symmetric=read_field(raw, "sym", bool, not has_zero_points),
+            desc_act=read_field(raw, "desc_act", bool) is True,
             overrides=overrides,
             exact_overrides=extra,
             shapes_tell_overrides=not any(
@@ -186,8 +135,8 @@ class QuantizationConfig:
             CheckpointError: bits or group_size are missing, or are no sizes.
         """
         own = self._override(name, fits)
-        bits = _own(own, "bits", int, self.bits)
-        group_size = _own(own, "group_size", int, self.group_size)
+        bits = read_field(own, "bits", int, self.bits)
+        group_size = read_field(own, "group_size", int, self.group_size)
         if bits is None or group_size is None:
             raise bad_field("bits and group_size", (bits, group_size), "two integers")
         if group_size <= 0 and group_size != -1:
@@ -195,8 +144,8 @@ class QuantizationConfig:
         return IntegerArgs(
             bits,
             group_size,
-            _own(own, "sym", bool, self.symmetric),
-            _own(own, "desc_act", bool, self.desc_act),
+            read_field(own, "sym", bool, self.symmetric),
+            read_field(own, "desc_act", bool, self.desc_act),
         )
 
     def _override(self, name: str, fits: Callable[[int, int], bool]) -> Settings:
@@ -217,7 +166,7 @@ class QuantizationConfig:
         ):
             return {}
         for pattern, settings in self.overrides:
-            if _matches(pattern, name):
+            if matches(pattern, name):
                 return settings
         return {}
 
@@ -265,20 +214,6 @@ _DEFAULT_LAYOUTS = {"gptq": "gptq", "auto-round": "auto_round:auto_gptq", "awq":
 _ROTATIONS = ("transform_config", "rotation", "rotation_config", "spinquant_config")
 
 
-def bad_field(name: str, found: Any, expected: str) -> CheckpointError:
-    """Make the error of a malformed setting; an empty name stands for all of the config."""
-    return CheckpointError(
-        f"{_setting(name, found)}, expected {expected}. Correct the config, or download it again."
-    )
-
-
-def _setting(name: str, found: Any) -> str:
-    key = f"quantization_config.{name}" if name else "quantization_config"
-    shown = repr(found)
-    shown = shown if len(shown) <= 300 else f"{shown[:297]}..."
-    return f"config.json: {key} is {shown}"
-
-
 def _refuse_rotations(raw: Settings) -> None:
     """Refuse weights that were multiplied by a rotation: nothing in their tensors shows it."""
     for name in _ROTATIONS:
@@ -287,8 +222,8 @@ def _refuse_rotations(raw: Settings) -> None:
             found = found.get("config_groups")  # without any it changes nothing
         if found:
             raise UnsupportedError(
-                f"{_setting(name, raw[name])}, expected none: the weights were multiplied by a "
-                "rotation that the model would have to undo while it runs. Choose a source that "
+                f"{describe_field(name, raw[name])}, expected none: the weights were multiplied by "
+                "a rotation that the model would have to undo while it runs. Choose a source that "
                 "was quantised without."
             )
 
@@ -296,62 +231,13 @@ def _refuse_rotations(raw: Settings) -> None:
 def _parse_layouts(method: str, raw: Settings) -> dict[str, str]:
     """Return the settings that tell how integers are packed, the default where there is none."""
     keys = _LAYOUT_KEYS[method]
-    layouts = {key: _field(raw, key, str) for key in keys}
+    layouts = {key: read_field(raw, key, str) for key in keys}
     layouts = {key: layout for key, layout in layouts.items() if layout is not None}
     if method == "auto-round" and not layouts:
-        backend: str = _own(raw, "backend", str, "auto")
+        backend: str = read_field(raw, "backend", str, "auto")
         if backend != "auto" and backend.startswith("auto"):
             return {"backend": backend}  # where old versions named the packing
     return layouts or {keys[0]: _DEFAULT_LAYOUTS[method]}
-
-
-def _field(raw: Settings, name: str, kind: type) -> Any:
-    value = raw.get(name)
-    if value is not None and type(value) is not kind:
-        raise bad_field(name, value, f"of type {kind.__name__}")
-    return value
-
-
-def _own(settings: Settings, name: str, kind: type, default: Any) -> Any:
-    value = _field(settings, name, kind)
-    return default if value is None else value
-
-
-def _settings_by_name(raw: Settings, name: str) -> Mapping[str, Settings]:
-    value = raw.get(name) or {}
-    if not isinstance(value, Mapping) or not all(
-        isinstance(own, Mapping) for own in value.values()
-    ):
-        raise bad_field(name, value, "an object of objects")
-    return value
-
-
-def _parse_block(name: str, value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if (
-        not isinstance(value, list)
-        or len(value) != 2
-        or any(type(size) is not int or size <= 0 for size in value)
-    ):
-        raise bad_field(name, value, "two positive integers")
-    return value[0], value[1]
-
-
-def _compile(name: str, expression: str) -> Expression:
-    try:
-        return compile_expression(expression)
-    except ValueError as error:
-        raise bad_field(name, expression, f"a regular expression ({error})") from error
-
-
-def _matches(pattern: Expression, name: str) -> bool:
-    try:
-        return pattern.match(name) is not None
-    except ValueError as error:
-        raise CheckpointError(
-            f"config.json: quantization_config: {error}, or choose another source."
-        ) from error
 
 
 def _parse_dynamic(dynamic: Any) -> list[tuple[Expression, Settings]]:
@@ -371,7 +257,7 @@ def _parse_dynamic(dynamic: Any) -> list[tuple[Expression, Settings]]:
         entries.append((key[2:] if key.startswith(("+:", "-:")) else key, settings))
     while entries and not entries[-1][1]:
         entries.pop()  # what is found there is found without it
-    return [(_compile("dynamic", key), settings) for key, settings in entries]
+    return [(compile_field("dynamic", key), settings) for key, settings in entries]
 
 
 def _parse_extra_patterns(extra: Mapping[str, Settings]) -> list[tuple[Expression, Settings]]:
@@ -393,74 +279,5 @@ def _parse_extra_patterns(extra: Mapping[str, Settings]) -> list[tuple[Expressio
             pass  # the guarded compiler says so
         rest = _LEADING_FLAGS.sub("", key, count=1)
         searched = f"{key.removesuffix(rest)}.*(?:{rest})"
-        patterns.append((_compile("extra_config", searched), settings))
+        patterns.append((compile_field("extra_config", searched), settings))
     return patterns
-
-
-def _parse_compressed(raw: Settings) -> CompressedTensors:
-    # As quantization/lifecycle/apply.py: of groups that name one target the last counts, and of
-    # patterns that match one module the first by spelling, in whatever order the groups stand.
-    by_name: dict[str, WeightArgs] = {}
-    by_pattern: dict[str, tuple[Expression, WeightArgs]] = {}
-    for group, settings in _settings_by_name(raw, "config_groups").items():
-        where = f"config_groups.{group}"
-        weights = settings.get("weights")
-        if weights is None:
-            continue  # it quantises activations or the KV cache alone
-        args = _parse_weights(f"{where}.weights", weights)
-        for target in _strings(f"{where}.targets", settings.get("targets")):
-            if target.startswith("re:"):
-                by_pattern[target] = _compile(f"{where}.targets", target[3:]), args
-            else:
-                by_name[target] = args
-    ignored = _strings("ignore", raw.get("ignore"))
-    return CompressedTensors(
-        by_name=by_name,
-        by_pattern=tuple(by_pattern[target] for target in sorted(by_pattern)),
-        linear=by_name.get("Linear"),
-        ignored_names=frozenset(ignored),
-        ignored_patterns=tuple(_compile("ignore", n[3:]) for n in ignored if n.startswith("re:")),
-    )
-
-
-def _parse_weights(where: str, raw: Any) -> WeightArgs:
-    if not isinstance(raw, Mapping):
-        raise bad_field(where, raw, "an object")
-    group_size = raw.get("group_size")
-    if group_size is not None and type(group_size) is not int:
-        raise bad_field(f"{where}.group_size", group_size, "of type int")
-    # The library takes enums in any case, and a block as "128x128" too.
-    strategy = _lower(raw.get("strategy"))
-    if strategy is None:  # what QuantizationArgs infers
-        strategy = "tensor" if group_size is None else "group" if group_size > 0 else "channel"
-    if strategy == "group" and (group_size is None or group_size <= 0):
-        raise bad_field(f"{where}.group_size", group_size, "a positive integer")
-    bits = raw.get("num_bits", 8)
-    if type(bits) is not int:
-        raise bad_field(f"{where}.num_bits", bits, "of type int")
-    structure = raw.get("block_structure")
-    if isinstance(structure, str) and _BLOCK.fullmatch(structure):
-        structure = [int(size) for size in structure.split("x")]
-    block = _parse_block(f"{where}.block_structure", structure)
-    if strategy == "block" and block is None:
-        raise bad_field(f"{where}.block_structure", block, "two positive integers")
-    return WeightArgs(
-        kind=str(_lower(raw.get("type", "int"))),
-        bits=bits,
-        strategy=str(strategy),
-        group_size=group_size if strategy == "group" else None,
-        block=block if strategy == "block" else None,
-        symmetric=raw.get("symmetric", True) is not False,
-        has_order=_lower(raw.get("actorder")) in (True, "group", "dynamic"),
-    )
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
-def _strings(where: str, value: Any) -> list[str]:
-    value = [] if value is None else value
-    if not isinstance(value, list) or not all(type(item) is str for item in value):
-        raise bad_field(where, value, "a list of strings")
-    return value

@@ -30,7 +30,8 @@ from vllm_mixprec.checkpoint.formats.base import (
     misfit,
     missing,
 )
-from vllm_mixprec.checkpoint.formats.config import QuantizationConfig, WeightArgs
+from vllm_mixprec.checkpoint.formats.config import QuantizationConfig
+from vllm_mixprec.checkpoint.formats.ct_config import WeightArgs
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.errors import UnsupportedError
 
