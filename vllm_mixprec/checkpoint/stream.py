@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -38,28 +37,30 @@ class _Read(NamedTuple):
         return self.filling.file
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What is to be read of one tensor: its rows, indices along the first dimension, or all."""
+class Part(NamedTuple):
+    """What is to be read of one tensor.
+
+    Attributes:
+        start: offset in the file of the first byte to be read.
+        end: offset in the file behind the last.
+        rows: indices along the first dimension; None for all.
+    """
 
     spec: TensorSpec
+    start: int
+    end: int
     rows: range | None = None
     is_shared: bool = False
     is_copied: bool = False
 
-    @property
-    def start(self) -> int:
-        """Offset in the file of the first byte to be read."""
-        return self.spec.start + self._offset(0 if self.rows is None else self.rows.start)
-
-    @property
-    def end(self) -> int:
-        """Offset in the file behind the last."""
-        rows = self.rows
-        return self.spec.end if rows is None else self.spec.start + self._offset(rows.stop)
-
-    def _offset(self, row: int) -> int:
-        return row * (self.spec.nbytes // self.spec.shape[0]) if row else 0
+    @classmethod
+    def of(cls, spec: TensorSpec, rows: range | None, is_shared: bool, is_copied: bool) -> "Part":
+        """Place some rows of a tensor, or all."""
+        if rows is None:
+            return cls(spec, spec.start, spec.end, None, is_shared, is_copied)
+        row_bytes = spec.nbytes // spec.shape[0] if rows.stop else 0
+        start, end = (spec.start + row * row_bytes for row in (rows.start, rows.stop))
+        return cls(spec, start, end, rows, is_shared, is_copied)
 
 
 def read_tensors(
@@ -91,7 +92,7 @@ def read_tensors(
             tensors are.
     """
     rows = rows or {}
-    parts = [Part(spec, rows.get(spec), spec in shared, spec in copied) for spec in specs]
+    parts = [Part.of(spec, rows.get(spec), spec in shared, spec in copied) for spec in specs]
     # Tensors may share bytes, of which each has rows of its own to be read.
     parts.sort(key=lambda part: (str(part.spec.file), part.start))
     with closing(_Stream(reader or RangeReader())) as stream:
@@ -226,14 +227,16 @@ def _leave(
     """Leave what is copied to be read when it is; read what else there is, which is small."""
     if is_on_its_way is not None:
         is_on_its_way.result()  # or the file could be closed meanwhile
-    found: dict[TensorSpec, torch.Tensor] = {
-        part.spec: StoredTensor(part.spec, filling=filling) for part in chunk if part.is_copied
-    }
+    read: list[tuple[TensorSpec, torch.Tensor]] = []
     for rest in _chunk([part for part in chunk if not part.is_copied]):
         last = _last(rest)
         raw, _ = reader.lend(filling.file, rest[0].start, last.end, last.spec, is_past=False)
-        found |= dict(_cut(rest, raw))
-    tensors = [(part.spec, found[part.spec]) for part in chunk]
+        read += _cut(rest, raw)
+    others = iter(read)
+    tensors = [
+        (part.spec, StoredTensor(part.spec, filling=filling)) if part.is_copied else next(others)
+        for part in chunk
+    ]
     return _Read(tensors, filling, chunk[0].start, _last(chunk).end)
 
 
