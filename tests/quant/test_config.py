@@ -89,4 +89,4 @@ def test_parts_that_only_vllm_fuses_are_refused_with_a_rule() -> None:
         rf'\{{match: "{parent}\.\{{o_proj,q_proj\}}", source: \.\.\.\}}$'
     )
     with pytest.raises(RouteError, match=match):
-        config._scheme(f"{parent}.qo_proj")
+        config._served(f"{parent}.qo_proj")

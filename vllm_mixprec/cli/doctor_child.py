@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_mixprec.couplings import couplings_for, find_problem
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.kernels import KERNELS, Platform
 
 if TYPE_CHECKING:
     from vllm_mixprec.patches import Patch
@@ -45,9 +45,10 @@ def main(platform: Platform) -> None:
         answer("driver", "NVIDIA driver", _problem_of_driver())
     answer("register", "mixprec", _problem_of_registering())
     _answer_patches(answer)
-    if platform.name == "cpu-avx512":
+    if platform.name.startswith("cpu-"):
         for name in PROBED_FORMATS:
-            answer("kernel", name, _problem_of_kernel(name))
+            for kernel in _probed_kernels(platform, name):
+                answer("kernel", name, _problem_of_kernel(name, kernel), kernel=kernel)
     answer("done", "", None)
 
 
@@ -117,11 +118,18 @@ def _state_of_patch(patch: "Patch") -> str:
     return "mended" if needed else "not needed by this vLLM"
 
 
-def _problem_of_kernel(name: str) -> str | None:
+def _probed_kernels(platform: Platform, format: str) -> list[str | None]:
+    """Names of the kernels of ours that a format has on a CPU; bf16's has none there."""
+    if format == "bf16":
+        return [None] if platform.name == "cpu-avx512" else []
+    return [kernel.name for kernel in KERNELS.get((platform.family, format), ())]
+
+
+def _problem_of_kernel(name: str, kernel: str | None) -> str | None:
     try:
         from vllm_mixprec.quant.methods import kernel_problem
 
-        problem: str | None = kernel_problem(name)
+        problem: str | None = kernel_problem(name, kernel)
     except Exception as error:
         return _spell(error)
     return problem

@@ -37,11 +37,16 @@ TESTED_VLLM = ((0, 32), (0, 34))
 
 
 def couplings_for(family: str, couplings: Iterable[Coupling] = COUPLINGS) -> tuple[Coupling, ...]:
-    """Return the couplings that a platform family (``cpu-avx512``, ``cuda``, ...) needs."""
+    """Return the couplings that a platform family (``cpu-avx512``, ``cuda``, ...) needs.
+
+    ``cpu``, which is all that a wheel tells, stands for every kind of CPU.
+    """
     return tuple(
         coupling
         for coupling in couplings
-        if coupling.family is None or family.startswith(coupling.family)
+        if coupling.family is None
+        or family.startswith(coupling.family)
+        or coupling.family.startswith(family)
     )
 
 

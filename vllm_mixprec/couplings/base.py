@@ -18,7 +18,8 @@ class Coupling:
         parameters: that its signature, for a class its constructor's, takes by these names. For an
             operator, which is called by position: all of its arguments, in order.
         members: attributes and methods that a class has, be it only after its constructor.
-        family: the platform family (``cpu``, ``cuda``) that alone needs it; None for all.
+        family: the platform family (``cpu-avx512``, ``cpu`` for both of these, ``cuda``) that alone
+            needs it; None for all.
     """
 
     symbol: str

@@ -48,16 +48,25 @@ KERNELS: tuple[Coupling, ...] = (
         family="cpu",
     ),
     Coupling(
+        "vllm._custom_ops:cpu_gemm_wna16",
+        "multiplies by int4 weights in 16 bits, out of words of eight rows in blocks of 16; of "
+        "scales in the activations' dtype, with zero points packed as GPTQ packs them or None for "
+        "8",
+        ("input", "q_weight", "scales", "zeros", "bias", "pack_factor", "isa_hint"),
+        family="cpu",
+    ),
+    # vLLM's libraries for CPUs without AVX512_BF16 (_C_AVX512, _C_AVX2) lack these.
+    Coupling(
         "torch:ops._C.convert_weight_packed",
         "reorders bf16 and FP8 weights",
         ("weight",),
-        family="cpu",
+        family="cpu-avx512",
     ),
     Coupling(
         "torch:ops._C.fp8_scaled_mm_cpu",
         "multiplies by FP8 block weights",
         ("mat1", "mat2", "scales2", "block_size", "bias", "out_dtype", "is_vnni"),
-        family="cpu",
+        family="cpu-avx512",
     ),
     Coupling(
         "torch:ops._C.fused_experts_cpu",
@@ -82,6 +91,6 @@ KERNELS: tuple[Coupling, ...] = (
             "limit",
             "is_vnni",
         ),
-        family="cpu",
+        family="cpu-avx512",
     ),
 )

@@ -215,7 +215,7 @@ class MixPrecConfig(QuantizationConfig):
                     "be told for it. Serve it with one source's own quantization, and report the "
                     "architecture"
                 )
-            return linear_method(self._scheme(prefix), self.table.platform, layer, prefix)
+            return linear_method(*self._served(prefix), layer, prefix)
         if isinstance(layer, RoutedExperts):
             base_layer = self.base_prefix(prefix)
             if base_layer not in self.table.expert_layers:
@@ -237,16 +237,16 @@ class MixPrecConfig(QuantizationConfig):
                 )
         return experts_method(self.table.base_scheme, self.table.platform, layer, base_layer)
 
-    def _scheme(self, prefix: str) -> Scheme:
-        """The one scheme of a linear layer's parts; routing has made them equal."""
+    def _served(self, prefix: str) -> tuple[Scheme, str | None]:
+        """The one scheme and kernel of a linear layer's parts; routing has made them equal."""
         parent, _, leaf = prefix.rpartition(".")
         # Phi3's own mapping names the fused layer, as its checkpoints do: the table has its parts.
         parts = {leaf, *self.packed_modules_mapping.get(leaf, ()), *_FUSED_PARTS.get(leaf, ())}
         names = [f"{parent}.{part}" if parent else part for part in sorted(parts)]
         found = [self.table.routes.get(self.base_names.get(name, "")) for name in names]
         routes = [route for route in found if route is not None]
-        schemes = {route.served for route in routes}
-        if len(schemes) > 1:
+        served_by = {(route.served, route.kernel) for route in routes}
+        if len(served_by) > 1:
             served = ", ".join(f"{route.module} ({route.served.label})" for route in routes)
             raise RouteError(
                 f"{prefix}: vLLM fuses {served} into one layer that routing does not know, so "
@@ -254,7 +254,7 @@ class MixPrecConfig(QuantizationConfig):
                 f"by a first rule such as {_one_rule([route.module for route in routes])}"
             )
         # No tensor at all: the loader reports every parameter that nothing filled, with its name.
-        return schemes.pop() if schemes else self.table.base_scheme
+        return served_by.pop() if served_by else (self.table.base_scheme, None)
 
     def base_prefix(self, prefix: str) -> str:
         """The base's name of a layer that is no module of its own, such as ``mlp.experts``."""

@@ -19,6 +19,7 @@ from vllm.model_executor.parameter import (
 )
 
 from vllm_mixprec.checkpoint.formats import Scheme
+from vllm_mixprec.quant.cpu_int4_w16 import int4_w16_linear, pack_int4_w16
 from vllm_mixprec.quant.cpu_ops import (
     clear_zero_tiles,
     fp8_channel_linear,
@@ -148,9 +149,11 @@ def _create_fp8_codes(layer: Module, rows: int, columns: int, loader: Callable[.
     layer.register_parameter("weight", weight)
 
 
-@register_weight_loader_v2_supported_method
-class CpuInt4LinearMethod(_CpuLinearMethod):
-    """GPTQ or AWQ int4 weights, symmetric or not; the kernel rounds activations to int8 a token."""
+class _CpuInt4LinearMethod(_CpuLinearMethod):
+    """GPTQ or AWQ int4 weights, symmetric or not, with the parameters of their checkpoints."""
+
+    def _scale_dtype(self, params_dtype: torch.dtype) -> torch.dtype:
+        raise NotImplementedError
 
     def create_weights(
         self,
@@ -183,7 +186,9 @@ class CpuInt4LinearMethod(_CpuLinearMethod):
         layer.register_parameter(
             "scales",
             GroupQuantScaleParameter(
-                data=torch.empty(rows // group_size, columns, dtype=torch.float32),
+                data=torch.empty(
+                    rows // group_size, columns, dtype=self._scale_dtype(params_dtype)
+                ),
                 input_dim=0,
                 output_dim=1,
                 weight_loader=loader,
@@ -201,6 +206,14 @@ class CpuInt4LinearMethod(_CpuLinearMethod):
             ),
         )
 
+
+@register_weight_loader_v2_supported_method
+class CpuInt4LinearMethod(_CpuInt4LinearMethod):
+    """Int4 weights with float32 scales; the kernel rounds activations to int8 a token."""
+
+    def _scale_dtype(self, params_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
     def process_weights_after_loading(self, layer: Module) -> None:
         weight, scale, zero = pack_scheme(
             self.scheme, layer.qweight.data, layer.scales.data, layer.qzeros.data
@@ -211,6 +224,25 @@ class CpuInt4LinearMethod(_CpuLinearMethod):
 
     def _matmul(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
         return int4_linear(x, layer.qweight, layer.scales, layer.qzeros)
+
+
+@register_weight_loader_v2_supported_method
+class CpuInt4W16LinearMethod(_CpuInt4LinearMethod):
+    """Int4 weights with scales in the dtype that the model computes in, bfloat16 or float16."""
+
+    def _scale_dtype(self, params_dtype: torch.dtype) -> torch.dtype:
+        return params_dtype  # of what the kernel is given, as vLLM's own methods for it hold them
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        weight, zeros = pack_int4_w16(self.scheme, layer.qweight.data, layer.qzeros.data)
+        packed = {"qweight": weight, "scales": layer.scales.data}
+        if zeros is not None:
+            packed["qzeros"] = zeros
+        self._finish(layer, ("qweight", "qzeros", "scales"), **packed)
+
+    def _matmul(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
+        zeros = getattr(layer, "qzeros", None)
+        return int4_w16_linear(self.scheme, x, layer.qweight, layer.scales, zeros)
 
 
 def pack_scheme(

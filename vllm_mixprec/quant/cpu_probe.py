@@ -7,8 +7,9 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.checkpoint.packing import AWQ_ORDER, pack
-from vllm_mixprec.quant import cpu_ops, int4_blocks
+from vllm_mixprec.quant import cpu_int4_w16, cpu_ops, int4_blocks
 from vllm_mixprec.quant.cpu_ops import ExpertKernel
 from vllm_mixprec.quant.int4_blocks import Int4Layout
 
@@ -34,6 +35,50 @@ def probe(kernel: ExpertKernel, layout: Int4Layout | None = None) -> str | None:
     if not error < 0.06:
         return f"its probe is off by {error:.3f} of the result's norm (at most 0.06)"
     return None
+
+
+@cache
+def probe_int4_w16(format: str) -> str | None:
+    """Run the 16-bit int4 kernel on small known cases; None means it can be trusted.
+
+    A linear of 64 x 96, five tokens, as :func:`probe` does it: each dtype, groups of 16 and of all
+    of K, one zero point and many. No instruction can be lacking: the library that vLLM chose for
+    this CPU has the kernel, or has it not.
+    """
+    with set_default_torch_dtype(torch.float32), torch.device("cpu"):
+        try:
+            error = max(
+                _probe_int4_w16(format, dtype, group_size, symmetric)
+                for dtype in (torch.bfloat16, torch.float16)
+                for group_size in (16, 96)
+                for symmetric in (True, False)
+            )
+        except (RuntimeError, AttributeError, NotImplementedError) as problem:
+            return f"its probe raised {type(problem).__name__}: {str(problem).splitlines()[0]}"
+    # Rounding to bf16 costs at most 0.007; a wrong layout or zero point is off by 0.2 and more.
+    if not error < 0.02:
+        return f"its probe is off by {error:.3f} of the result's norm (at most 0.02)"
+    return None
+
+
+def _probe_int4_w16(format: str, dtype: torch.dtype, group_size: int, symmetric: bool) -> float:
+    """Return the relative error of one case."""
+    generator = torch.Generator().manual_seed(group_size)
+    n, k, offset = 64, 96, int(format == "gptq")
+    scheme = Scheme(format, 4, group_size=group_size, symmetric=symmetric, zero_offset=offset)
+    codes = torch.randint(0, 16, (k, n), generator=generator)
+    stored = torch.randint(0, 16, (k // group_size, n), generator=generator)
+    if symmetric:
+        stored.fill_(8 - offset)
+    scale = ((torch.rand(k // group_size, n, generator=generator) + 0.1) / k**0.5).to(dtype)
+    order = () if format == "gptq" else AWQ_ORDER
+    words = pack(codes.mT, 4).mT if format == "gptq" else pack(codes, 4, AWQ_ORDER)
+    weight, zeros = cpu_int4_w16.pack_int4_w16(scheme, words, pack(stored, 4, order))
+    x = torch.randn(5, k, generator=generator).to(dtype)
+    out = cpu_int4_w16.int4_w16_linear(scheme, x, weight, scale, zeros).float()
+    group = torch.arange(k) // group_size
+    expected = x.float() @ ((codes - stored[group] - offset) * scale.float()[group])
+    return ((out - expected).norm() / expected.norm()).item()
 
 
 def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scheme and platform -> the vLLM method that serves a layer.
 
-On a GPU this delegates to vLLM's own methods for the format; on x86 CPUs to :mod:`.cpu`. Which
-pairs exist is :data:`vllm_mixprec.routing.kernels.KERNELS`; routing has widened everything else
-before a layer is built, so a pair that is missing here is a defect and raises.
+On a GPU this delegates to vLLM's own methods for the format; on x86 CPUs to :mod:`.cpu` and
+:mod:`.cpu_linear`. Which pairs exist is :data:`vllm_mixprec.routing.kernels.KERNELS`; routing has
+widened everything else before a layer is built, so a pair that is missing here is a defect and
+raises.
 """
 
 import os
@@ -24,21 +25,30 @@ from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant import cpu, cpu_linear
 from vllm_mixprec.quant.cpu_ops import ExpertKernel
-from vllm_mixprec.quant.cpu_probe import probe
+from vllm_mixprec.quant.cpu_probe import probe, probe_int4_w16
 from vllm_mixprec.quant.expert_parameters import is_plain_silu
 from vllm_mixprec.quant.int4_blocks import Int4Layout
-from vllm_mixprec.routing.kernels import PLATFORM_VARIABLE, Platform, detect_platform
+from vllm_mixprec.routing.kernels import (
+    INT4_W16,
+    KERNELS,
+    PLATFORM_VARIABLE,
+    Platform,
+    detect_platform,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 logger = init_logger("vllm.mixprec")
 
+# (kernel, format) -> method; vLLM's own serve what is absent.
 _CPU_LINEAR = {
-    "fp8_block": cpu_linear.CpuFp8LinearMethod,
-    "fp8_channel": cpu_linear.CpuFp8ChannelLinearMethod,
-    "gptq": cpu_linear.CpuInt4LinearMethod,
-    "awq": cpu_linear.CpuInt4LinearMethod,
+    ("fp8_scaled_mm_cpu", "fp8_block"): cpu_linear.CpuFp8LinearMethod,
+    ("fp8_scaled_mm_cpu", "fp8_channel"): cpu_linear.CpuFp8ChannelLinearMethod,
+    ("int4_scaled_mm_cpu", "gptq"): cpu_linear.CpuInt4LinearMethod,
+    ("int4_scaled_mm_cpu", "awq"): cpu_linear.CpuInt4LinearMethod,
+    (INT4_W16, "gptq"): cpu_linear.CpuInt4W16LinearMethod,
+    (INT4_W16, "awq"): cpu_linear.CpuInt4W16LinearMethod,
 }
 _CPU_EXPERTS = {
     "bf16": cpu.CpuBf16ExpertsMethod,
@@ -58,13 +68,18 @@ _CPU_KERNELS = {
 
 
 def linear_method(
-    scheme: Scheme, platform: Platform, layer: Module, prefix: str
+    scheme: Scheme, kernel: str | None, layer: Module, prefix: str
 ) -> QuantizeMethodBase:
-    """Return the method of one linear layer whose weights are all of ``scheme``."""
+    """Return the method of one linear layer whose weights are all of ``scheme``.
+
+    Args:
+        kernel: the name in ``KERNELS`` that its routes have; None of an unquantised scheme.
+    """
     if not scheme.is_quantized:
         return UnquantizedLinearMethod()
-    if platform.name == "cpu-avx512":
-        return _CPU_LINEAR[scheme.format](scheme)
+    made = _CPU_LINEAR.get((kernel or "", scheme.format))
+    if made is not None:
+        return made(scheme)
     method = _stock_config(_spell_whole_k(scheme, layer.input_size)).get_quant_method(layer, prefix)
     if method is None or isinstance(method, UnquantizedLinearMethod):
         raise UnsupportedError(f"{prefix}: vLLM offers no {scheme.label} linear method here")
@@ -110,11 +125,14 @@ def _fast_bf16(scheme: Scheme, layer: "RoutedExperts") -> bool:
 
 
 @cache
-def kernel_problem(format: str) -> str | None:
-    """Why the compiled CPU kernel of a format cannot be trusted here; None if it can.
+def kernel_problem(format: str, kernel: str | None = None) -> str | None:
+    """Why a format's compiled CPU kernel cannot be trusted here; None if it can.
 
-    Runs the kernel's probe, once a process.
+    Runs the kernel's probe, once a process. ``kernel`` is its name; None of bf16's, which
+    ``KERNELS`` does not list.
     """
+    if kernel == INT4_W16:
+        return probe_int4_w16(format)
     if detect_platform().name != "cpu-avx512":
         return "the CPU lacks AVX512_BF16 or AVX512_VNNI"
     return probe(*_CPU_KERNELS[format])
@@ -190,19 +208,22 @@ def usable_platform() -> Platform:
         UnsupportedError: ``VLLM_MIXPREC_PLATFORM`` names another kind of device than vLLM uses.
     """
     platform = _vllm_platform()
-    if platform.name != "cpu-avx512":
-        return platform
-    problem = kernel_problem("bf16")
-    if problem is not None:
+    if platform.name == "cpu-avx512" and (problem := kernel_problem("bf16")) is not None:
         # Widened experts share a layer with packed ones through this kernel.
-        logger.warning("nothing is served packed: the bf16 kernel of this vLLM: %s", problem)
-        return Platform("cpu-other")
-    failed = {}
-    for format in _CPU_LINEAR:
-        problem = kernel_problem(format)
-        if problem is not None:
-            logger.warning("the %s kernel of this vLLM is not used: %s", format, problem)
-            failed[format] = problem
+        logger.warning("only int4 linears are packed: the bf16 kernel of this vLLM: %s", problem)
+        platform = Platform("cpu-other")
+    if not platform.name.startswith("cpu-"):
+        return platform
+    failed = dict(platform.broken)
+    for (family, format), kernels in KERNELS.items():
+        for kernel in kernels if family == platform.family else ():
+            if (format, kernel.name) in failed:
+                continue
+            problem = kernel_problem(format, kernel.name)
+            if problem is not None:
+                name = f"{kernel.name} for {format}"
+                logger.warning("the kernel %s of this vLLM is not used: %s", name, problem)
+                failed[format, kernel.name] = problem
     return platform.without(failed)
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,20 +22,27 @@ PLATFORM_VARIABLE = "VLLM_MIXPREC_PLATFORM"
 
 _PLATFORM_NAME = re.compile(r"cpu-avx512|cpu-other|cuda-\d{2,3}|other")
 _CPU_FLAGS = frozenset({"avx512f", "avx512_bf16", "avx512_vnni"})
+# With these vLLM loads a library that has cpu_gemm_wna16 (platforms/cpu.py import_kernels; 0.32's
+# _C_AVX2 has no such operator).
+_AVX512_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+
+INT4_W16 = "cpu_gemm_wna16"
+"""Name of the kernel for int4 linears that needs AVX512F only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Platform:
     """A kind of machine: ``cpu-avx512``, ``cpu-other``, ``cuda-90`` (compute 9.0), ``other``.
 
-    ``broken`` maps formats to why their kernel is not used here, though the kind of machine has it.
+    ``broken`` maps a format and one of its kernels to why that is not used here, though the kind of
+    machine has it.
     """
 
     name: str
-    broken: tuple[tuple[str, str], ...] = ()
+    broken: tuple[tuple[tuple[str, str], str], ...] = ()
 
-    def without(self, broken: Mapping[str, str]) -> Platform:
-        """Return this platform less the kernels of some formats (format -> reason)."""
+    def without(self, broken: Mapping[tuple[str, str], str]) -> Platform:
+        """Return this platform less some kernels: (format, kernel's name) -> reason."""
         return Platform(self.name, tuple(sorted(broken.items())))
 
     @property
@@ -57,14 +64,16 @@ ShapeRule = Callable[[Platform, Scheme, int, int], "str | None"]
 class Kernel:
     """One packed kernel family and the shapes that it takes.
 
-    ``one_group_size``: an expert's projections must have groups of one size, also where each group
-    spans all of its projection's K. ``plain_experts``: of experts it computes silu(gate) * up, and
-    nothing else.
+    ``experts``: None of a kernel for linears only. ``activations``: the formats that it computes
+    in. ``one_group_size``: an expert's projections must have groups of one size, also where each
+    group spans all of its projection's K. ``plain_experts``: of experts it computes
+    silu(gate) * up, and nothing else.
     """
 
     name: str
     linear: ShapeRule
-    experts: ShapeRule
+    experts: ShapeRule | None
+    activations: frozenset[str]
     one_group_size: bool = False
     plain_experts: bool = False
 
@@ -112,6 +121,25 @@ def _cpu_int4(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
         return f"K={k} on a rank is not a multiple of the group size {group_size}"
     if n % 32:
         return f"N={n} on a rank is not a multiple of 32"
+    return None
+
+
+def _cpu_int4_w16(platform: Platform, scheme: Scheme, n: int, k: int) -> str | None:
+    # vLLM kernels/linear/mixed_precision/cpu.py can_implement. Zero points of any kind: see
+    # quant/cpu_int4_w16.py.
+    group_size = scheme.group_size or k
+    if scheme.bits != 4:
+        return f"it takes 4 bits, not {scheme.bits}"
+    if scheme.desc_act:
+        return "it takes no act-order"
+    if group_size % 2:
+        return f"the group size {group_size} is odd"
+    if k % group_size:
+        return f"K={k} on a rank is not a multiple of the group size {group_size}"
+    if n % 32:
+        return f"N={n} on a rank is not a multiple of 32"
+    if k % 32:
+        return f"K={k} on a rank is not a multiple of 32"
     return None
 
 
@@ -178,34 +206,46 @@ def _marlin_tiles(n: int, k: int) -> str | None:
     return None
 
 
-# Activation dtypes that the packed kernels of a platform family compute in.
-ACTIVATIONS = {"cpu-avx512": frozenset({"bf16"}), "cuda": frozenset({"bf16", "fp16"})}
-
 # What vLLM 0.32's unquantised experts compute on a CPU (fused_moe/experts/cpu_moe.py); swigluoai is
 # left out, which takes gate and up in turns.
 _CPU_ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh"})
 
-# (platform family, format) -> kernel. A pair that is absent has no packed kernel.
-KERNELS: dict[tuple[str, str], Kernel] = {
-    ("cpu-avx512", "fp8_block"): Kernel(
-        "fp8_scaled_mm_cpu", _cpu_fp8_block, _cpu_fp8_block, plain_experts=True
-    ),
-    ("cpu-avx512", "fp8_channel"): Kernel(
-        "fp8_scaled_mm_cpu", _cpu_fp8_channel, _cpu_fp8_channel, plain_experts=True
-    ),
-    # With groups of unlike sizes in w13 and w2 fused_experts_cpu is off by 0.2, without an error
-    # (measured with vLLM 0.32, tests/quant/test_formats.py).
-    ("cpu-avx512", "gptq"): Kernel(
-        "int4_scaled_mm_cpu", _cpu_int4, _cpu_int4, one_group_size=True, plain_experts=True
-    ),
-    ("cpu-avx512", "awq"): Kernel(
-        "int4_scaled_mm_cpu", _cpu_int4, _cpu_int4, one_group_size=True, plain_experts=True
-    ),
-    ("cuda", "fp8_block"): Kernel("fp8 block", _cuda_fp8_block, _cuda_fp8_block),
-    ("cuda", "fp8_channel"): Kernel("fp8 channel", _cuda_fp8_channel, _cuda_fp8_channel),
-    ("cuda", "gptq"): Kernel("gptq_marlin", _cuda_gptq, _cuda_gptq),
-    ("cuda", "awq"): Kernel("awq_marlin", _cuda_awq, _cuda_awq),
+_BF16 = frozenset({"bf16"})
+_HALF = frozenset({"bf16", "fp16"})
+
+_CPU_FP8_BLOCK = Kernel(
+    "fp8_scaled_mm_cpu", _cpu_fp8_block, _cpu_fp8_block, _BF16, plain_experts=True
+)
+_CPU_FP8_CHANNEL = Kernel(
+    "fp8_scaled_mm_cpu", _cpu_fp8_channel, _cpu_fp8_channel, _BF16, plain_experts=True
+)
+# With groups of unlike sizes in w13 and w2 fused_experts_cpu is off by 0.2, without an error
+# (measured with vLLM 0.32, tests/quant/test_formats.py).
+_CPU_INT4 = Kernel(
+    "int4_scaled_mm_cpu", _cpu_int4, _cpu_int4, _BF16, one_group_size=True, plain_experts=True
+)
+_CPU_INT4_W16 = Kernel(INT4_W16, _cpu_int4_w16, None, _HALF)
+
+# (platform family, format) -> its kernels, best first: a weight is laid out anew for an earlier one
+# before a later one takes it as it is. A pair that is absent has no packed kernel.
+KERNELS: dict[tuple[str, str], tuple[Kernel, ...]] = {
+    ("cpu-avx512", "fp8_block"): (_CPU_FP8_BLOCK,),
+    ("cpu-avx512", "fp8_channel"): (_CPU_FP8_CHANNEL,),
+    ("cpu-avx512", "gptq"): (_CPU_INT4, _CPU_INT4_W16),
+    ("cpu-avx512", "awq"): (_CPU_INT4, _CPU_INT4_W16),
+    ("cpu-other", "gptq"): (_CPU_INT4_W16,),
+    ("cpu-other", "awq"): (_CPU_INT4_W16,),
+    ("cuda", "fp8_block"): (Kernel("fp8 block", _cuda_fp8_block, _cuda_fp8_block, _HALF),),
+    ("cuda", "fp8_channel"): (Kernel("fp8 channel", _cuda_fp8_channel, _cuda_fp8_channel, _HALF),),
+    ("cuda", "gptq"): (Kernel("gptq_marlin", _cuda_gptq, _cuda_gptq, _HALF),),
+    ("cuda", "awq"): (Kernel("awq_marlin", _cuda_awq, _cuda_awq, _HALF),),
 }
+
+
+def kernels_for(platform: Platform, format: str, kind: Kind) -> tuple[Kernel, ...]:
+    """Return the kernels of a format that run linears, or experts, on a platform; best first."""
+    kernels = KERNELS.get((platform.family, format), ())
+    return tuple(k for k in kernels if kind != "experts" or k.experts is not None)
 
 
 def missing_kernel(
@@ -215,6 +255,7 @@ def missing_kernel(
     shape_per_rank: tuple[int, int],
     activation: str = "bf16",
     arithmetic: ExpertArithmetic = PLAIN_EXPERT,
+    among: Sequence[Kernel] | None = None,
 ) -> str | None:
     """Return why no packed kernel serves a weight here, or None when one does.
 
@@ -222,25 +263,45 @@ def missing_kernel(
         shape_per_rank: (N, K) of the logical weight that one tensor-parallel rank holds.
         activation: format that the model computes in.
         arithmetic: what an expert computes.
+        among: the kernels that may; None for all that :func:`kernels_for` returns.
     """
     if not scheme.is_quantized:
         return None
-    kernel = KERNELS.get((platform.family, scheme.format))
-    if kernel is None:
-        return f"no {scheme.format} kernel on {platform.name}"
-    why = dict(platform.broken).get(scheme.format)
-    if why is not None:
-        return f"the {scheme.format} kernel of {platform.name} is not used: {why}"
-    if activation not in ACTIVATIONS[platform.family]:
-        return f"no {scheme.format} kernel on {platform.name} computes in {activation}"
-    rule = kernel.experts if kind == "experts" else kernel.linear
-    why = rule(platform, scheme, *shape_per_rank)
-    if kind == "experts" and kernel.plain_experts and not arithmetic.is_plain:
-        why = f"its experts compute plain silu, not {arithmetic}"
-    if why is None:
-        return None
+    kernels = kernels_for(platform, scheme.format, kind) if among is None else among
+    if not kernels:
+        of_linears = (platform.family, scheme.format) in KERNELS
+        whose = " for experts" if of_linears else ""
+        return f"no {scheme.format} kernel on {platform.name}{whose}"
+    reasons = []
+    for kernel in kernels:
+        why = _refusal(kernel, platform, scheme, kind, shape_per_rank, activation, arithmetic)
+        if why is None:
+            return None
+        reasons.append(f"{kernel.name}: {why}")
     noun = "expert" if kind == "experts" else "linear"
-    return f"no {noun} kernel on {platform.name} for {scheme.label}: {kernel.name}: {why}"
+    return f"no {noun} kernel on {platform.name} for {scheme.label}: {'; '.join(reasons)}"
+
+
+def _refusal(
+    kernel: Kernel,
+    platform: Platform,
+    scheme: Scheme,
+    kind: Kind,
+    shape_per_rank: tuple[int, int],
+    activation: str,
+    arithmetic: ExpertArithmetic,
+) -> str | None:
+    """Return why one kernel does not serve a weight, or None when it does."""
+    why = dict(platform.broken).get((scheme.format, kernel.name))
+    if why is not None:
+        return f"it is not used: {why}"
+    if activation not in kernel.activations:
+        return f"it computes in {' or '.join(sorted(kernel.activations))}, not in {activation}"
+    if kind == "experts" and kernel.plain_experts and not arithmetic.is_plain:
+        return f"its experts compute plain silu, not {arithmetic}"
+    rule = kernel.experts if kind == "experts" else kernel.linear
+    assert rule is not None, f"{kernel.name} is for linears only"
+    return rule(platform, scheme, *shape_per_rank)
 
 
 _ON_A_GPU = "Serve this model on a GPU (check and compose for one: --platform cuda-90)."
@@ -295,7 +356,14 @@ def _detect() -> Platform:
         return Platform(f"cuda-{capability}")
     if Path("/dev/kfd").exists() or not Path("/proc/cpuinfo").is_file():
         return Platform("other")
-    return Platform("cpu-avx512" if _CPU_FLAGS <= _cpu_flags() else "cpu-other")
+    flags = _cpu_flags()
+    if flags >= _CPU_FLAGS:
+        return Platform("cpu-avx512")
+    platform = Platform("cpu-other")
+    if flags >= _AVX512_FLAGS:
+        return platform
+    why = "vLLM has it for x86 CPUs with AVX512F, which this one lacks"
+    return platform.without({("gptq", INT4_W16): why, ("awq", INT4_W16): why})
 
 
 def _cpu_flags() -> frozenset[str]:

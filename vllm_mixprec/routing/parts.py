@@ -9,7 +9,6 @@ from typing import Any
 
 from vllm_mixprec.routing.findings import format_bytes
 from vllm_mixprec.routing.fused import leaf_name, parse_expert
-from vllm_mixprec.routing.kernels import KERNELS
 from vllm_mixprec.routing.kinds import (
     KIND_LABELS,
     KINDS,
@@ -138,7 +137,8 @@ def _kernel_of(table: RouteTable, route: Route) -> str:
     if route.served.is_quantized:
         if is_expert and platform.family == "cpu-avx512" and route.served.format != "fp8_channel":
             return "fused_experts_cpu"  # one operator for all other formats (quant/cpu_ops.py)
-        return KERNELS[platform.family, route.served.format].name
+        assert route.kernel is not None, f"{route.module} is served packed by no kernel"
+        return route.kernel
     return "fused_experts_cpu" if is_expert and _has_fast_bf16(table, route) else _OWN
 
 

@@ -53,6 +53,7 @@ class Route(NamedTuple):
         tensors: suffix -> spec in the source's files; a spec's name is the source's own.
         shape: logical shape of the weight, (N, K) for a linear.
         looks: the source's module's, while all its tensors are here; as ``Module`` has it.
+        kernel: name in ``KERNELS`` of what serves it packed; None when it is not served packed.
     """
 
     module: str
@@ -63,6 +64,7 @@ class Route(NamedTuple):
     tensors: Mapping[str, TensorSpec]
     shape: tuple[int, ...]
     looks: Looks | None = None
+    kernel: str | None = None
 
     @property
     def widened(self) -> bool:

@@ -14,7 +14,14 @@ from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.assign import Assignment
 from vllm_mixprec.routing.findings import FindingLog
 from vllm_mixprec.routing.fused import Kind, Unit, group_units, leaf_name, unquantized_reason
-from vllm_mixprec.routing.kernels import KERNELS, Platform, missing_kernel, unserved_experts
+from vllm_mixprec.routing.kernels import (
+    KERNELS,
+    Kernel,
+    Platform,
+    kernels_for,
+    missing_kernel,
+    unserved_experts,
+)
 from vllm_mixprec.routing.parallel import Shard, shard_weight
 from vllm_mixprec.routing.route import Layout, Route
 from vllm_mixprec.routing.structure import PLAIN_EXPERT, ExpertArithmetic, ModelDims
@@ -58,9 +65,13 @@ class _Widening:
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """How a unit is served; ``uncut`` says by part why tensor parallelism cannot cut it."""
+    """How a unit is served, by which kernel if packed.
+
+    ``uncut`` says by part why tensor parallelism cannot cut it.
+    """
 
     served: tuple[Scheme, ...]
+    kernel: str | None
     widening: _Widening | None
     uncut: tuple[str | None, ...] | None
 
@@ -101,7 +112,7 @@ class Widener:
             decision, is_cast = self._decide_once(unit, assigned)
             widening = decision.widening
             for module, part, served in zip(unit.modules, assigned, decision.served, strict=True):
-                routes[module] = _make_route(module, part, served, widening)
+                routes[module] = _make_route(module, part, served, decision.kernel, widening)
             if widening is None and decision.uncut is None and not is_cast:
                 continue
             if not any(self._dims.is_loaded(name, self._layout.draft) for name in unit.modules):
@@ -160,41 +171,55 @@ class Widener:
             for part in parts
         ]
         uncut = tuple(shard.problem for shard in shards)
-        served, widening = self._serve(kind, parts, shards)
-        return _Decision(served, widening, uncut if any(uncut) else None)
+        served, kernel, widening = self._serve(kind, parts, shards)
+        return _Decision(served, kernel, widening, uncut if any(uncut) else None)
 
     def _serve(
         self, kind: Kind, parts: tuple[_Part, ...], shards: list[Shard]
-    ) -> tuple[tuple[Scheme, ...], _Widening | None]:
-        """Return the parts' schemes as served, and why they are widened if they are."""
+    ) -> tuple[tuple[Scheme, ...], str | None, _Widening | None]:
+        """Return the parts' schemes as served, by which kernel, and why they are widened if so."""
         widened = (self._base_scheme,) * len(parts)
         is_split = self._layout.expert_parallel and self._layout.expert_ranks > 1
         unserved = unserved_experts(self._platform, parts[0].arithmetic, is_split)
         if unserved is not None:
             reason, remedy = unserved
-            return widened, _Widening("kernel-missing", reason, None, remedy)
+            return widened, None, _Widening("kernel-missing", reason, None, remedy)
         if not any(part.scheme.is_quantized for part in parts):
-            return tuple(part.scheme for part in parts), None
+            return tuple(part.scheme for part in parts), None, None
         no_kernel = "missing_kernel" if self._options.missing_kernel == "error" else None
         for part in parts:
             if part.unquantized is not None:
-                return widened, _Widening("layer-unquantized", part.unquantized, no_kernel)
-        problems: list[tuple[bool, _Widening]] = []
-        for way in _shared_layouts(parts):
-            problem = self._problem(kind, way, shards, no_kernel)
-            if problem is None:
-                return tuple(part.scheme for part in way), None
-            problems.append(((self._platform.family, way[0].scheme.format) in KERNELS, problem))
-        if problems:
+                return widened, None, _Widening("layer-unquantized", part.unquantized, no_kernel)
+        ways = [
+            (way, kernels_for(self._platform, way[0].scheme.format, kind))
+            for way in _shared_layouts(parts)
+        ]
+        for place in range(max((len(kernels) for _, kernels in ways), default=0)):
+            for way, kernels in ways:
+                best = kernels[place : place + 1]
+                if best and self._problem(kind, way, shards, best, no_kernel) is None:
+                    return tuple(part.scheme for part in way), best[0].name, None
+        if ways:
             # A layout that has a kernel here has the reason that helps; else the one stored.
-            return widened, next((why for known, why in problems if known), problems[0][1])
+            family = self._platform.family
+            known = (each for each in ways if (family, each[0][0].scheme.format) in KERNELS)
+            way, kernels = next(known, ways[0])
+            problem = self._problem(kind, way, shards, kernels, no_kernel)
+            # None where each part has a kernel, but no two the same.
+            first = problem or self._problem(kind, way, shards, kernels[:1], no_kernel)
+            return widened, None, first
         refused_by = "mixed_fused" if self._options.mixed_fused == "error" else None
-        return widened, _Widening("fused-mixed", _describe_mix(kind, parts), refused_by)
+        return widened, None, _Widening("fused-mixed", _describe_mix(kind, parts), refused_by)
 
     def _problem(
-        self, kind: Kind, parts: tuple[_Part, ...], shards: list[Shard], no_kernel: str | None
+        self,
+        kind: Kind,
+        parts: tuple[_Part, ...],
+        shards: list[Shard],
+        kernels: Sequence[Kernel],
+        no_kernel: str | None,
     ) -> _Widening | None:
-        """Say why parts of one scheme cannot be served packed, None when they can."""
+        """Say why no kernel of some serves parts of one scheme, None when one does."""
         for part, shard in zip(parts, shards, strict=True):
             reason = _cut_reason(part.scheme, shard)
             if reason is not None:
@@ -203,22 +228,31 @@ class Widener:
         if reason is not None:
             return _Widening("fused-seam", reason, None)
         for part, shard in zip(parts, shards, strict=True):
-            reason = self._kernel_reason(kind, part, shard)
+            reason = self._kernel_reason(kind, part, shard, kernels)
             if reason is not None:
                 return _Widening("kernel-missing", reason, no_kernel)
-        kernel = KERNELS.get((self._platform.family, parts[0].scheme.format))
         sizes = {part.scheme.group_size for part in parts}
-        if kind == "experts" and len(sizes) > 1 and kernel is not None and kernel.one_group_size:
-            reason = f"{kernel.name}: it takes groups of one size, not of {sorted(sizes, key=str)}"
+        if kind == "experts" and len(sizes) > 1 and all(each.one_group_size for each in kernels):
+            names = ", ".join(kernel.name for kernel in kernels)
+            reason = f"{names}: it takes groups of one size, not of {sorted(sizes, key=str)}"
             return _Widening("kernel-missing", reason, no_kernel)
         return None
 
-    def _kernel_reason(self, kind: Kind, part: _Part, shard: Shard) -> str | None:
+    def _kernel_reason(
+        self, kind: Kind, part: _Part, shard: Shard, kernels: Sequence[Kernel]
+    ) -> str | None:
         if len(part.shape) != 2:
             return f"no kernel for {part.scheme.label} of {len(part.shape)} dimensions"
         shape = (shard.rows, shard.columns)
-        dtype = self._base_scheme.format
-        return missing_kernel(self._platform, part.scheme, kind, shape, dtype, part.arithmetic)
+        return missing_kernel(
+            self._platform,
+            part.scheme,
+            kind,
+            shape,
+            self._base_scheme.format,
+            part.arithmetic,
+            kernels,
+        )
 
     def _report(self, where: str, widening: _Widening, made: list[Route]) -> None:
         if widening.remedy is not None:
@@ -282,13 +316,17 @@ def _shared_layouts(parts: tuple[_Part, ...]) -> Iterator[tuple[_Part, ...]]:
 
 
 def _make_route(
-    module: str, assignment: Assignment, served: Scheme, widening: _Widening | None
+    module: str,
+    assignment: Assignment,
+    served: Scheme,
+    kernel: str | None,
+    widening: _Widening | None,
 ) -> Route:
     source, chosen, tensors, _, looks = assignment
     stored, reason = chosen.scheme, None
     if widening is not None and stored.is_quantized:
         reason = widening.reason
-    return Route(module, source, stored, served, reason, tensors, chosen.shape, looks)
+    return Route(module, source, stored, served, reason, tensors, chosen.shape, looks, kernel)
 
 
 def shared_scheme(weights: Sequence[tuple[Scheme, tuple[int, ...]]]) -> Scheme | None:

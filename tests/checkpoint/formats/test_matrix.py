@@ -19,6 +19,7 @@ from vllm_mixprec.checkpoint.dequantize import dequantize, relayout
 from vllm_mixprec.checkpoint.formats import FORMATS, Scheme
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 from vllm_mixprec.routing import Platform, missing_kernel
+from vllm_mixprec.routing.kernels import kernels_for
 
 every_case = pytest.mark.parametrize("case", CASES)
 N, K = 128, 256
@@ -86,23 +87,34 @@ def test_every_layout_holds_the_same_numbers(case: str, module: tuple[Module, Te
 
 
 @pytest.mark.parametrize("kind", ["linear", "experts"])
-@pytest.mark.parametrize("platform", ["cpu-avx512", "cuda-90"])
+@pytest.mark.parametrize("platform", ["cpu-avx512", "cpu-other", "cuda-90"])
 @every_case
 def test_layout_that_a_kernel_takes(
     case: str, platform: str, kind, module: tuple[Module, Tensors], record_property
 ) -> None:
     """On a GPU this is all that is tested here: the choice, and that the numbers are the same."""
     scheme = module[0].scheme
+    made = Platform(platform)
+    layouts = (scheme, *FORMATS[scheme.format].layouts(scheme))
     served = (
         layout.label
-        for layout in (scheme, *FORMATS[scheme.format].layouts(scheme))
-        if missing_kernel(Platform(platform), layout, kind, (N, K)) is None
+        for place in range(2)  # every layout for a format's best kernel, then for the next
+        for layout in layouts
+        for kernel in kernels_for(made, layout.format, kind)[place : place + 1]
+        if missing_kernel(made, layout, kind, (N, K), among=(kernel,)) is None
     )
-    expected = CASES[case].cpu if platform == "cpu-avx512" else CASES[case].cuda
+    entry, is_expert = CASES[case], kind == "experts"
+    expected = {
+        "cpu-avx512": entry.experts if is_expert else entry.cpu,
+        "cpu-other": None if is_expert else entry.other,
+        "cuda-90": entry.cuda,
+    }[platform]
     assert next(served, None) == label(expected)
     if platform == "cuda-90":
         served_as = f"packed: {expected}" if expected else "widened"
         record_property("matrix", (case, "cuda", served_as))
+    if (platform, kind, expected) == ("cpu-other", "linear", None):
+        record_property("matrix", (case, "AVX512F linear", "widened"))
 
 
 GPTQ = Scheme("gptq", 4, group_size=32)

@@ -55,14 +55,23 @@ class Case:
     Attributes:
         store: the tool.
         label: of the scheme as recognised, for a weight of K columns ("{k}").
-        cpu, cuda: label of the layout in which it is served packed by an AVX512 CPU and by CUDA
-            with compute capability 9.0; None where it is dequantised at load.
+        cpu, cuda, other: label of the layout in which it is served packed by a CPU with
+            AVX512_BF16, by CUDA with compute capability 9.0, and, of linears, by a CPU with AVX512F
+            only; None where it is dequantised at load.
+        linears_only: experts are dequantised on any CPU.
     """
 
     store: Store
     label: str
     cpu: str | None
     cuda: str | None
+    other: str | None = None
+    linears_only: bool = False
+
+    @property
+    def experts(self) -> str | None:
+        """As ``cpu``, of experts."""
+        return None if self.linears_only else self.cpu
 
 
 def fp8(
@@ -212,6 +221,8 @@ BYTES = {"scale_dtype": torch.uint8}
 WHOLE_BLOCK = {"strategy": "block", "block_structure": [128, 128]}
 
 _128 = "fp8_block 128x128"
+_G16 = ("gptq int4 g16", "gptq int4 g16", None, "gptq int4 g16")
+_AWQ_G16 = ("awq int4 g16 asym", "awq int4 g16 asym", None, "awq int4 g16 asym")
 CASES: dict[str, Case] = {
     "fp8-128x128": Case(fp8((128, 128)), _128, _128, _128),
     "fp8-64x128": Case(fp8((64, 128)), "fp8_block 64x128", "fp8_block 64x128", None),
@@ -240,30 +251,33 @@ CASES: dict[str, Case] = {
         None,
         None,
     ),
-    "gptq-g32": Case(gptq(UINT4B8, 32), *["gptq int4 g32"] * 3),
-    "gptq-g128": Case(gptq(UINT4B8, 128), *["gptq int4 g128"] * 3),
-    "gptq-channel": Case(gptq(UINT4B8, -1), *["gptq int4 g{k}"] * 3),
-    "gptq-asym": Case(gptq(UINT4, 32), *["gptq int4 g32 asym"] * 2, None),
-    "gptq-v2": Case(gptq(UINT4B8, 64, layout="gptq_v2"), *["gptq int4 g64"] * 3),
+    "gptq-g32": Case(gptq(UINT4B8, 32), *["gptq int4 g32"] * 4),
+    "gptq-g128": Case(gptq(UINT4B8, 128), *["gptq int4 g128"] * 4),
+    "gptq-channel": Case(gptq(UINT4B8, -1), *["gptq int4 g{k}"] * 4),
+    "gptq-asym": Case(gptq(UINT4, 32), *["gptq int4 g32 asym"] * 2, None, "gptq int4 g32 asym"),
+    "gptq-v2": Case(gptq(UINT4B8, 64, layout="gptq_v2"), *["gptq int4 g64"] * 4),
     "gptq-v2-asym": Case(
-        gptq(UINT4, 64, layout="gptq_v2"), "gptq int4 g64 asym", *["awq int4 g64 asym"] * 2
+        gptq(UINT4, 64, layout="gptq_v2"),
+        "gptq int4 g64 asym",
+        *["awq int4 g64 asym"] * 2,
+        "gptq int4 g64 asym",
     ),
     "gptq-act-order": Case(
         gptq(UINT4B8, 32, is_ordered=True), "gptq int4 g32 act-order", None, None
     ),
     "gptq-int8": Case(gptq(scalar_types.uint8b128, 64), "gptq int8 g64", None, "gptq int8 g64"),
-    "awq-g32": Case(awq(32), *["awq int4 g32 asym"] * 3),
-    "awq-g128": Case(awq(128), *["awq int4 g128 asym"] * 3),
-    "awq-sym": Case(awq(64, UINT4B8), *["awq int4 g64"] * 3),
-    "ct-int4": Case(compressed(PACK, INT4), "ct_pack int4 g32", *["gptq int4 g32"] * 2),
+    "awq-g32": Case(awq(32), *["awq int4 g32 asym"] * 4),
+    "awq-g128": Case(awq(128), *["awq int4 g128 asym"] * 4),
+    "awq-sym": Case(awq(64, UINT4B8), *["awq int4 g64"] * 4),
+    "ct-int4": Case(compressed(PACK, INT4), "ct_pack int4 g32", *["gptq int4 g32"] * 3),
     "ct-int4-g128": Case(
-        compressed(PACK, INT4 | {"group_size": 128}), "ct_pack int4 g128", *["gptq int4 g128"] * 2
+        compressed(PACK, INT4 | {"group_size": 128}), "ct_pack int4 g128", *["gptq int4 g128"] * 3
     ),
     "ct-int4-channel": Case(
-        compressed(PACK, INT4 | CHANNEL), "ct_pack int4 g{k}", *["gptq int4 g{k}"] * 2
+        compressed(PACK, INT4 | CHANNEL), "ct_pack int4 g{k}", *["gptq int4 g{k}"] * 3
     ),
     "ct-int4-asym": Case(
-        compressed(PACK, INT4 | ASYM), "ct_pack int4 g32 asym", *["awq int4 g32 asym"] * 2
+        compressed(PACK, INT4 | ASYM), "ct_pack int4 g32 asym", *["awq int4 g32 asym"] * 3
     ),
     "ct-int4-act-order": Case(
         compressed(PACK, INT4 | {"actorder": "group"}, is_ordered=True),
@@ -282,6 +296,8 @@ CASES: dict[str, Case] = {
     "ct-mxfp4": Case(
         compressed("mxfp4-pack-quantized", MXFP4 | BYTES), "mxfp4 1x32 e8m0", None, None
     ),
+    "gptq-g16": Case(gptq(UINT4B8, 16), *_G16, linears_only=True),
+    "awq-g16": Case(awq(16), *_AWQ_G16, linears_only=True),
 }
 
 
