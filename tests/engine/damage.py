@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.mixes import SOURCES
 
-DAMAGES = ("halved-scale", "shifted-expert")
+DAMAGES = ("halved-scale", "swollen-gate")
 _PREFIX = "model.layers.1.mlp.experts"
 
 
@@ -24,8 +24,7 @@ def write_damaged(folder: Path) -> dict[str, Path]:
             for expert in range(5):
                 tensors[f"{_PREFIX}.{expert}.down_proj.weight_scale_inv"] /= 2
         else:
-            for one in [one for one in tensors if one.startswith(f"{_PREFIX}.0.")]:
-                other = one.replace(".experts.0.", ".experts.1.")
-                tensors[one], tensors[other] = tensors[other], tensors[one]
+            for expert in range(5):
+                tensors[f"{_PREFIX}.{expert}.gate_proj.weight_scale_inv"] *= 4
         save_file(tensors, shard)
     return written

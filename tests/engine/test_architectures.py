@@ -157,13 +157,12 @@ def _halve(tensors: dict[str, torch.Tensor], prefix: str) -> None:
         tensors[f"{prefix}.1.{part}.weight_scale_inv"] /= 2
 
 
-def _shift(tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    """Put expert 0 where expert 1 belongs."""
-    for name in [name for name in tensors if name.startswith(f"{prefix}.1.")]:
-        tensors[name] = tensors[name.replace(f"{prefix}.1.", f"{prefix}.0.")].clone()
+def _swell(tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Make the output of that expert four times as large."""
+    tensors[f"{prefix}.1.down_proj.weight_scale_inv"] *= 4
 
 
-DAMAGES = {"halved-scale": _halve, "shifted-expert": _shift}
+DAMAGES = {"halved-scale": _halve, "swollen-expert": _swell}
 DAMAGED = {"deepseek_v3": "model.layers.1.mlp.experts", "olmoe": "model.layers.0.mlp.experts"}
 
 
