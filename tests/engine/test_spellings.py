@@ -4,7 +4,6 @@
 Every source is also there as its tool wrote it: of those the reference is made.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +55,10 @@ def only_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if ".experts." in name}
 
 
-def rolled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give each expert the weights of the one before: another int4 source of the same format."""
+def grown(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make all weights half as large again: another int4 source of the same format."""
     return {
-        re.sub(r"\.experts\.(\d)\.", lambda m: f".experts.{(int(m[1]) + 1) % 8}.", name): tensor
+        name: tensor * 1.5 if name.endswith(".scales") else tensor
         for name, tensor in tensors.items()
     }
 
@@ -85,7 +84,7 @@ def _random(name: str) -> str:
     if expert(name) < 0:
         return "base"
     if layer(name) == 1:
-        return "gptq" if expert(name) <= 3 else "rolled" if expert(name) <= 6 else "base"
+        return "gptq" if expert(name) <= 3 else "grown" if expert(name) <= 6 else "base"
     if expert(name) == 5:
         return "gptq" if "down_proj" in name else "fp8" if "gate_proj" in name else "base"
     return {0: "gptq", 1: "gptq", 2: "asym", 3: "fp8", 4: "fp8"}.get(expert(name), "base")
@@ -101,14 +100,14 @@ def random_case(folder: Path) -> Case:
         "fp8": RANDOM / "fp8",
         "gptq": RANDOM / "gptq",
         "asym": RANDOM / "gptq-asym",
-        "rolled": respell(folder / "rolled", RANDOM / "gptq", rolled),
+        "grown": respell(folder / "grown", RANDOM / "gptq", grown),
         "renewed": write(folder / "renewed", RANDOM / "bf16", renewed(read_all(RANDOM / "bf16"))),
     }
     served = apart | {
         "base": respell(folder / "base", RANDOM / "bf16", stack(), qkv),
         "asym": respell(folder / "asym", RANDOM / "gptq-asym", stack(is_dotted=True), qkv),
         "gptq": respell(folder / "int4-experts", RANDOM / "gptq", only_experts),
-        "rolled": respell(folder / "rolled-experts", apart["rolled"], only_experts),
+        "grown": respell(folder / "grown-experts", apart["grown"], only_experts),
     }
     first, second = (f"model.layers.{number}.mlp.experts" for number in (0, 1))
     rules = (
@@ -121,7 +120,7 @@ def random_case(folder: Path) -> Case:
         (f"{first}.5.down_proj", "gptq"),
         (f"{first}.5.gate_proj", "fp8"),
         (f"{second}.{{0-3}}", "gptq"),
-        (f"{second}.{{4-6}}", "rolled"),
+        (f"{second}.{{4-6}}", "grown"),
     )
     return Case(served, rules, apart, _random, ROUNDED_ACTIVATIONS, "random")
 
@@ -199,9 +198,9 @@ def test_log_probs_match_float32(cases, results, name, record_property):
 
 # One tensor's source named wrongly, for each thing that the mixes are to prove.
 WRONG = {
-    "the rolled source": (
+    "the grown source": (
         "random",
-        lambda name: "gptq" if _random(name) == "rolled" else _random(name),
+        lambda name: "gptq" if _random(name) == "grown" else _random(name),
     ),
     "embeddings of the base": (
         "random",
