@@ -181,5 +181,7 @@ def test_what_is_read_at_rest_is_exact(ends_at_work):
 
 def test_a_worker_that_dies_while_it_is_read_is_an_error(ends_at_work):
     end, seconds = ends_at_work["worker dies"]
-    assert end.startswith("EngineDeadError"), end
+    # The engine gives up what it waited for, and ends: the front end may hear of either first.
+    given_up = "Exception: Call to collective_rpc method failed: cancelled"
+    assert end.startswith(("EngineDeadError", given_up)), end
     assert seconds < TIMEOUT_S + 2
