@@ -44,7 +44,7 @@ from synthetic import LARGE, LARGE_FOLDER, ROOT, write_models
 from vllm_mixprec.checkpoint import TensorSpec, read_header
 from vllm_mixprec.checkpoint.buffers import READ_BYTES
 from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader, read_into
-from vllm_mixprec.checkpoint.stored import start_readers
+from vllm_mixprec.checkpoint.threads import start_readers
 from vllm_mixprec.loading.fresh_pages import made_ahead
 
 _MOVED_BYTES = 8

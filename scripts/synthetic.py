@@ -47,7 +47,7 @@ class Shape:
 
 LARGE_FOLDER = ROOT / "runs" / "synthetic-large"
 LARGE = Shape(
-    layers=4, experts=128, top_k=8, hidden=2048, inner=768, heads=32, kv_heads=4, head_dim=128
+    layers=4, experts=128, top_k=8, hidden=2048, inner=768, heads=32, kv_heads=4, head_dim=128,
 )
 """Layers of Qwen3-30B-A3B's size: 4.9 GB in BF16, 2.5 in FP8, 1.3 in int4."""
 

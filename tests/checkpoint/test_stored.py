@@ -206,7 +206,7 @@ def test_buffers_go_back_to_the_system_at_the_end():
 
 _READERS_CORES = """
 import os
-from vllm_mixprec.checkpoint.stored import start_readers
+from vllm_mixprec.checkpoint.threads import start_readers
 
 os.sched_setaffinity(0, {cores})
 with start_readers() as pool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads what is in the page cache straight into the memory where it goes."""
+"""Reads a file straight into the memory where it goes, from the page cache or past it."""
 
 import ctypes
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 
 from vllm_mixprec.checkpoint.buffers import READ_BYTES
 from vllm_mixprec.checkpoint.header import TensorSpec
-from vllm_mixprec.checkpoint.ranges import OpenFile, read_into
+from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader, read_into
 
 _SEGMENTS = 1024  # of one preadv, Linux's IOV_MAX
 _LIBC = ctypes.CDLL(None)
@@ -65,12 +65,18 @@ class Filling:
 
     Attributes:
         file: which they are read from; whoever opened it closes it when all is done.
+        is_past: whether they are read past the page cache, as long as ``reader`` does so: into
+            place where the memory lies as the device needs it, elsewhere through a buffer.
         done: finished when all that was left for later is read, or failed; cancelled if it will
             never be.
     """
 
-    def __init__(self, file: OpenFile, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, file: OpenFile, pool: ThreadPoolExecutor, reader: RangeReader, is_past: bool
+    ) -> None:
         self.file = file
+        self.is_past = is_past
+        self._reader = reader
         self.done: Future[None] = Future()
         self._pool = pool
         self._left: list[_Place] = []
@@ -85,11 +91,11 @@ class Filling:
         Raises:
             CheckpointError: the file ends before.
         """
-        jobs = [[part] for part in _Place(target.detach(), start, spec).split()]
-        if len(jobs) == 1:
-            self._read(jobs[0])
+        parts = [[part] for part in _Place(target.detach(), start, spec).split()]
+        if len(parts) == 1:
+            self._read(parts[0])
         else:
-            list(self._pool.map(self._read, jobs))
+            list(self._pool.map(self._read, parts))
 
     def fill_later(self, target: torch.Tensor, start: int, spec: TensorSpec) -> None:
         """Fill it by the time that :attr:`done` is; nobody may look at it before."""
@@ -121,6 +127,10 @@ class Filling:
         """Read a range to the places of its parts."""
         segments = np.concatenate([place.segments for place in run])
         start = run[0].start
+        if self.is_past and self._reader.may_pass:
+            if not self._reader.read_into_place(self.file, segments, start):
+                self._read_by_buffer(run)
+            return
         for first in range(0, len(segments), _SEGMENTS):
             some = segments[first : first + _SEGMENTS]
             expected = int(some[:, 1].sum())
@@ -139,6 +149,13 @@ class Filling:
             for number, piece in enumerate(place.pieces()):
                 offset = place.start + number * len(piece)
                 read_into(piece, self.file.descriptor, offset, place.spec)
+
+    def _read_by_buffer(self, run: list[_Place]) -> None:
+        start, last = run[0].start, run[-1]
+        raw, _ = self._reader.lend(self.file, start, last.end, last.spec, self.is_past)
+        for place in run:
+            pieces = place.pieces()
+            pieces.copy_(raw[place.start - start : place.end - start].view(pieces.shape))
 
     def _end(self, job: Future[None]) -> None:
         """Pass on how the job ended."""

@@ -6,10 +6,11 @@ cache's pages and copying out of them takes processor time, at the next start to
 need for itself: four layers of Qwen3-30B-A3B on two cores load from a cold disk in six tenths of
 the processor time, and 1.7 times as fast, when read past it (O_DIRECT); as fast as from the cache.
 
-So ranges that are cached are read from the cache, and others past it as long as loading waits for
-them no more than half of its time: even a cache that took no time could not make the next start
-more than twice as fast. When it waits more, as for a slow disk, the rest is read through the cache,
-and the first 256 MiB or so, which told that, are brought there afterwards.
+So ranges that are cached are read from the cache, and others past it as long as the device delivers
+what makes the cache hardly worth its while: a start from the cache takes about a core's second for
+a gigabyte, filling it two more, so the first start loses by it what the next one gains at some 0.5
+GB/s a core. From a slower disk the rest is read through the cache, and the first 256 MiB or so,
+which told that, are brought there afterwards.
 """
 
 import contextlib
@@ -17,18 +18,28 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vllm_mixprec.checkpoint.buffers import Buffers
+from vllm_mixprec.checkpoint.direct import (
+    Alignment,
+    DirectRead,
+    aligned_memory,
+    alignment_of,
+)
 from vllm_mixprec.checkpoint.files import FileStamp, reopen, require_unchanged
 from vllm_mixprec.checkpoint.header import TensorSpec
+from vllm_mixprec.checkpoint.threads import reading_cores
 from vllm_mixprec.errors import CheckpointError
 
 _TRIAL_BYTES = 256 << 20
+_WORTH_A_CORE = 0.4e9  # bytes a second of a device, a core, from which on the cache is passed
 _SAMPLE_BYTES = 64 << 10
 _SMALL_BYTES = 64 << 10
 _ALIGNED_BYTES = 4096  # of offsets, sizes and memory; a device that asks for more says so
@@ -51,6 +62,7 @@ class OpenFile:
         self.stamp = stamp
         self.is_open = True
         self.direct: int | None = None
+        self.alignment: Alignment | None = None  # None: only to memory kept from forks
         self._mapped: np.ndarray | None = None
         self.descriptor = reopen(file, stamp)
         _read_no_neighbours(self.descriptor)
@@ -66,6 +78,7 @@ class OpenFile:
                 path = f"/proc/self/fd/{self.descriptor}"
                 self.direct = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
                 _read_no_neighbours(self.direct)
+                self.alignment = alignment_of(self.direct)
 
     def require_unchanged(self) -> None:
         """Make sure that it is as it was when its header was read; raises CheckpointError."""
@@ -128,14 +141,15 @@ class RangeReader:
 
     def __init__(self, may_pass: bool = False) -> None:
         self.may_pass = may_pass
-        self._is_slow = False  # whether loading waited for what was read past the cache
-        self.is_tried = False  # whether enough was read past the cache to tell if that is well
+        self._is_slow = False  # whether the device is one whose bytes are worth caching
+        self._worth = _WORTH_A_CORE * reading_cores()
         self._buffers = Buffers()
-        self._busy_s = self._waited_s = 0.0
-        self._noted_bytes = self._past_bytes = 0
+        self._lock = threading.Lock()
+        self._reading = 0  # threads that the device reads for, and since when there were any
+        self._since = self._reading_s = 0.0
+        self._past_bytes = self._placed_bytes = 0
         self._tried: list[tuple[OpenFile, int, int]] = []
         self._refused: OSError | None = None
-        self._lock = threading.Lock()
 
     def is_past(self, file: OpenFile, start: int, end: int) -> bool:
         """Whether a range is to be read past the page cache."""
@@ -156,7 +170,7 @@ class RangeReader:
             CheckpointError: the file ends before, or cannot be read.
         """
         if is_past and self.may_pass:
-            found = self._read_past(file, start, end, spec)
+            found = self._lend_past(file, start, end, spec)
             if found is not None:
                 return found, True
         if end - start < _SMALL_BYTES:  # which would hold a whole buffer
@@ -174,31 +188,37 @@ class RangeReader:
         """
         end = start + len(raw)
         if self.is_past(file, start, end):
-            found = self._read_past(file, start, end, spec)
+            found = self._lend_past(file, start, end, spec)
             if found is not None:
                 raw.numpy()[:] = found.numpy()
                 return
         read_into(raw, file.descriptor, start, spec)
 
-    def note(self, file: OpenFile, start: int, end: int, waited_s: float, busy_s: float) -> None:
-        """Take note of a range that was read past the cache, when it is done with.
+    def read_into_place(self, file: OpenFile, segments: np.ndarray, start: int) -> bool:
+        """Fill pieces of memory with a range of a file, past the page cache, without a buffer.
 
         Args:
-            waited_s: how long the load waited for it.
-            busy_s: how long it then was busy with it.
+            segments: address and length of each: uint64 (pieces, 2).
+
+        Returns:
+            Whether it did; it does not where memory does not lie as the device needs it, and where
+            reading so is refused.
         """
-        self._noted_bytes += end - start
-        self._waited_s += waited_s
-        self._busy_s += busy_s
-        if not self.is_tried:
-            self._tried.append((file, start, end))
-            self.is_tried = self._noted_bytes >= _TRIAL_BYTES
-        if self.is_tried and self._is_waiting():
-            self._is_slow, self.may_pass = True, False
+        if not self.may_pass or file.direct is None or file.alignment is None:
+            return False
+        read = DirectRead(segments, start, file.alignment)
+        if not read.fits:
+            return False
+        end = start + int(segments[:, 1].sum())
+        is_read = self._pass(file, start, end, partial(read.run, file.direct))
+        if is_read:
+            with self._lock:
+                self._placed_bytes += end - start
+        return is_read
 
     def finish(self) -> None:
         """Have what was tried brought into the page cache, if the next start could use it there."""
-        if self._tried and (self._is_slow or self._is_waiting()):
+        if self._is_slow or self._is_slower_than_worth():
             tried = [(file.file, file.stamp, start, end) for file, start, end in self._tried]
             # The device is slow, and nobody waits for this.
             threading.Thread(
@@ -208,34 +228,72 @@ class RangeReader:
 
     def report(self) -> str | None:
         """Say in a line what was read past the page cache and why; None where nothing was."""
-        waited = self._waited_s / max(self._waited_s + self._busy_s, 1e-9)
-        what = f"{self._past_bytes / 2**30:.2f} GiB were read past the page cache"
-        why = f"loading waited for them {waited:.0%} of its time"
+        size, placed = self._past_bytes / 2**30, self._placed_bytes / max(self._past_bytes, 1)
+        speed = self._past_bytes / max(self._reading_s, 1e-9) / 1e9
+        what = f"{size:.2f} GiB were read past the page cache"
+        how = f"at {speed:.2f} GB/s, {placed:.0%} of it straight into place"
         if self._refused is not None:
             return f"{what}, the rest through it: reading past it was refused ({self._refused})"
         if not self._past_bytes:
             return None
-        return f"{what}, until {why}; the rest through it" if self._is_slow else f"{what}: {why}"
+        worth = f"{self._worth / 1e9:.1f} GB/s"
+        if self._is_slow:
+            return f"{what} {how}; below {worth} the cache is worth filling: the rest through it"
+        return f"{what} {how}"
 
-    def _is_waiting(self) -> bool:
-        return self._waited_s > self._busy_s
+    def _is_slower_than_worth(self) -> bool:
+        return self._past_bytes < self._worth * self._reading_s
 
-    def _read_past(
-        self, file: OpenFile, start: int, end: int, spec: TensorSpec
-    ) -> torch.Tensor | None:
-        assert file.direct is not None
-        first, last = aligned(start, end)
-        lent = self._buffers.take(last - first)
+    def _pass(self, file: OpenFile, start: int, end: int, read: Callable[[], bool]) -> bool:
+        """Have a range read past the page cache, and judge the device by it.
+
+        Returns:
+            Whether it was read; not so where ``read`` says so, or is refused.
+        """
+        with self._lock:
+            if not self._reading:
+                self._since = time.perf_counter()
+            self._reading += 1
+        is_read = False
         try:
-            _read(lent, file.direct, first, spec, end - first)
+            is_read = read()
         except OSError as error:
             # A file system that takes the flag and not the reads, or a file that was cut short
             # amid a page: reading through the cache does it, or says what is wrong.
             self._refused, self.may_pass = error, False
-            return None
-        with self._lock:
-            self._past_bytes += end - start
-        return lent[start - first : end - first]
+        finally:
+            with self._lock:
+                now = time.perf_counter()
+                self._reading_s += now - self._since
+                self._since = now
+                self._reading -= 1
+                if is_read:
+                    self._note(file, start, end)
+        return is_read
+
+    def _note(self, file: OpenFile, start: int, end: int) -> None:
+        if self._past_bytes < _TRIAL_BYTES:
+            self._tried.append((file, start, end))
+        self._past_bytes += end - start
+        if self._past_bytes >= _TRIAL_BYTES and self._is_slower_than_worth():
+            self._is_slow, self.may_pass = True, False
+
+    def _lend_past(
+        self, file: OpenFile, start: int, end: int, spec: TensorSpec
+    ) -> torch.Tensor | None:
+        direct = file.direct
+        assert direct is not None
+        first, last = aligned(start, end)
+        if last - first < _SMALL_BYTES and file.alignment is not None:
+            lent = torch.from_numpy(aligned_memory(last - first, _ALIGNED_BYTES))
+        else:
+            lent = self._buffers.take(last - first)
+
+        def read() -> bool:
+            _read(lent, direct, first, spec, end - first)
+            return True
+
+        return lent[start - first : end - first] if self._pass(file, start, end, read) else None
 
 
 def aligned(start: int, end: int) -> tuple[int, int]:

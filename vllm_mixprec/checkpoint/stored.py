@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tensor in a file, of which only the rows are read that somebody uses."""
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from vllm_mixprec.checkpoint.buffers import READ_BYTES
 from vllm_mixprec.checkpoint.filling import Filling
 from vllm_mixprec.checkpoint.header import TensorSpec
 from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader
+from vllm_mixprec.checkpoint.threads import READERS, start_readers
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -30,23 +29,6 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-_THREADS = 8  # four read a fast disk a tenth slower, sixteen no faster
-
-
-def start_readers() -> ThreadPoolExecutor:
-    """Start threads to read with."""
-    return ThreadPoolExecutor(_THREADS, thread_name_prefix="mixprec-read", initializer=unpin)
-
-
-def unpin() -> None:
-    """Let this thread run where the process's parent may.
-
-    vLLM's CPU workers bind OpenMP's threads to a core each, the main thread among them, and a new
-    thread inherits its core: readers would take turns with the thread that they read for.
-    """
-    if len(os.sched_getaffinity(0)) == 1:
-        with suppress(OSError):  # a sandbox's, and of cores taken away meanwhile: it is only slower
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 class StoredTensor(torch.Tensor):  # type: ignore[misc]
@@ -153,7 +135,7 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         filling = self.filling
         if filling is not None and filling.file.is_open and _is_readable_into(target, self.dtype):
             fill = filling.fill_later if self.is_late else filling.fill
-            fill(target, self.spec.start + self.rows.start * self._row_bytes, self.spec)
+            fill(target, self.start, self.spec)
             return
         size = max(READ_BYTES // self._row_bytes, 1)
         places = [
@@ -162,15 +144,13 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
         ]
         straight = target.is_cpu and target.is_contiguous() and target.dtype == self.dtype
         reader = RangeReader() if self.reader is None else self.reader
-        # Nothing is done while it is read, so it says nothing of how a load keeps up with a device.
-        may_pass = reader.is_tried and reader.may_pass
         with (
-            closing(OpenFile(self.spec.file, self.spec.stamp, may_pass)) as file,
+            closing(OpenFile(self.spec.file, self.spec.stamp, reader.may_pass)) as file,
             start_readers() as pool,
         ):
 
             def read(place: range) -> torch.Tensor | None:
-                first = self.spec.start + (self.rows.start + place.start) * self._row_bytes
+                first = self.start + place.start * self._row_bytes
                 if straight:
                     part = target[place.start : place.stop].detach().view(-1).view(torch.uint8)
                     reader.fill(part, file, first, self.spec)
@@ -181,12 +161,17 @@ class StoredTensor(torch.Tensor):  # type: ignore[misc]
                 return as_dtype(raw, self.dtype).view(len(place), *self.shape[1:])
 
             # Few at a time: what was read waits in memory to be copied.
-            for first in range(0, len(places), _THREADS):
-                batch = places[first : first + _THREADS]
+            for first in range(0, len(places), READERS):
+                batch = places[first : first + READERS]
                 for place, piece in zip(batch, pool.map(read, batch), strict=True):
                     if piece is not None:
                         target[place.start : place.stop].copy_(piece)
             file.require_unchanged()
+
+    @property
+    def start(self) -> int:
+        """Offset in the file of its first byte."""
+        return self.spec.start + self.rows.start * self._row_bytes
 
     @property
     def _row_bytes(self) -> int:

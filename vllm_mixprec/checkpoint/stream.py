@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read chosen tensors out of a checkpoint's files: no other byte, in file order, reading ahead."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -17,20 +16,21 @@ from vllm_mixprec.checkpoint.buffers import READ_BYTES, block_bytes
 from vllm_mixprec.checkpoint.filling import Filling
 from vllm_mixprec.checkpoint.header import TensorSpec, View
 from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader, aligned, bring
-from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, as_dtype, start_readers
+from vllm_mixprec.checkpoint.stored import DTYPES, StoredTensor, as_dtype
+from vllm_mixprec.checkpoint.threads import start_readers
 
 _AHEAD_BYTES = 64 << 20
 _LARGE_BYTES = 32 << 20  # a tensor of more is read straight to where it goes
+_PLACED_BYTES = 1 << 20  # of less and its neighbours a device reads all at once faster
 
 
 class _Read(NamedTuple):
-    """What one read gave, where it lies, and whether it was read past the page cache."""
+    """What one read gave, and where it lies."""
 
     tensors: list[tuple[TensorSpec, torch.Tensor]]
     filling: Filling
     start: int
     end: int
-    is_past: bool = False
 
     @property
     def file(self) -> OpenFile:
@@ -84,8 +84,9 @@ def read_tensors(
         shared: tensors that another process of this machine reads, too, so that they are read
             through the page cache.
         copied: tensors that are copied at once, as they are, into memory of the CPU, so that the
-            page cache can be read straight into it: where they are in it, or go through it, they
-            come as a :class:`StoredTensor`, and only the cache is filled ahead.
+            file can be read straight into it: they come as a :class:`StoredTensor`, and of what
+            goes through the page cache only that is filled ahead. Past it this is so of tensors
+            of 1 MiB or more that lie by themselves.
 
     Raises:
         CheckpointError: a file vanished or was changed since its header was read, or while its
@@ -134,24 +135,28 @@ class _Stream:
 
     def _begin(self, chunk: list[Part]) -> Callable[[], _Read]:
         """Have a chunk read, or brought into the page cache; return how to get its tensors."""
-        filling = Filling(self._files[chunk[0].spec.file], self._pool)
-        file, start, end = filling.file, chunk[0].start, _last(chunk).end
+        file, start, end = self._files[chunk[0].spec.file], chunk[0].start, _last(chunk).end
         is_shared = any(part.is_shared for part in chunk)
         is_past = not is_shared and self._reader.is_past(file, start, end)
-        if is_past or not any(part.is_copied for part in chunk):
-            return self._pool.submit(_read_chunk, filling, chunk, self._reader, is_past).result
-        is_on_its_way = None
-        if not file.is_cached(start, end):
-            is_on_its_way = self._pool.submit(bring, file.descriptor, start, end)
-        return partial(_leave, filling, chunk, self._reader, is_on_its_way)
+        filling = Filling(file, self._pool, self._reader, is_past)
+        copied = [part for part in chunk if part.is_copied]
+        is_whole = len(copied) == len(chunk)
+        is_piecemeal = not is_whole or min(part.end - part.start for part in chunk) < _PLACED_BYTES
+        if not copied or (is_past and is_piecemeal):
+            return self._pool.submit(_read_chunk, filling, chunk, self._reader).result
+        if not is_past and not file.is_cached(start, end):
+            ahead = self._pool.submit(_bring_chunk, filling, chunk, self._reader)
+        else:
+            ahead = (
+                None if is_whole else self._pool.submit(_read_rest, filling, chunk, self._reader)
+            )
+        return partial(_leave, filling, chunk, ahead)
 
     def _give(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
-        """Yield what was read first, and tell the reader how long that was waited for, and used."""
+        """Yield what was read first, and have filled what those who took it left for later."""
         taken, get = self._waiting.popleft()
         self._ahead_bytes -= taken
-        asked = time.perf_counter()
         read = get()
-        came = time.perf_counter()
         self._close_before(read.file)
         try:
             yield from read.tensors
@@ -161,9 +166,6 @@ class _Stream:
             self._begun.append(read)
             self._begun_bytes += read.end - read.start
             self._fill(until=lambda: self._begun_bytes <= _AHEAD_BYTES)
-        if read.is_past:
-            busy_s = time.perf_counter() - came
-            self._reader.note(read.file, read.start, read.end, came - asked, busy_s)
 
     def _close_before(self, file: OpenFile) -> None:
         """Close the files before one, of which all is read, or will be."""
@@ -210,31 +212,37 @@ def _last(chunk: list[Part]) -> Part:
     return max(chunk, key=attrgetter("end"))
 
 
-def _read_chunk(filling: Filling, chunk: list[Part], reader: RangeReader, is_past: bool) -> _Read:
+def _read_chunk(filling: Filling, chunk: list[Part], reader: RangeReader) -> _Read:
     begin, last = chunk[0].start, _last(chunk)
     is_large = last.end - begin > _LARGE_BYTES and last.spec.shape and last.spec.view is None
     if is_large and len(chunk) == 1:  # an empty tensor may begin where it ends
         [part] = chunk
         stored = StoredTensor(part.spec, reader=None if part.is_shared else reader)
         return _Read([(part.spec, stored)], filling, begin, last.end)
-    raw, is_past = reader.lend(filling.file, begin, last.end, last.spec, is_past)
-    return _Read(_cut(chunk, raw), filling, begin, last.end, is_past)
+    raw, _ = reader.lend(filling.file, begin, last.end, last.spec, filling.is_past)
+    return _Read(_cut(chunk, raw), filling, begin, last.end)
 
 
-def _leave(
-    filling: Filling, chunk: list[Part], reader: RangeReader, is_on_its_way: Future[None] | None
-) -> _Read:
-    """Leave what is copied to be read when it is; read what else there is, which is small."""
-    if is_on_its_way is not None:
-        is_on_its_way.result()  # or the file could be closed meanwhile
-    read: list[tuple[TensorSpec, torch.Tensor]] = []
+def _bring_chunk(filling: Filling, chunk: list[Part], reader: RangeReader) -> list[torch.Tensor]:
+    bring(filling.file.descriptor, chunk[0].start, _last(chunk).end)
+    return _read_rest(filling, chunk, reader)
+
+
+def _read_rest(filling: Filling, chunk: list[Part], reader: RangeReader) -> list[torch.Tensor]:
+    """Read what of a chunk is not copied, which is small; return it in order."""
+    read: list[torch.Tensor] = []
     for rest in _chunk([part for part in chunk if not part.is_copied]):
         last = _last(rest)
-        raw, _ = reader.lend(filling.file, rest[0].start, last.end, last.spec, is_past=False)
-        read += _cut(rest, raw)
-    others = iter(read)
+        raw, _ = reader.lend(filling.file, rest[0].start, last.end, last.spec, filling.is_past)
+        read += [tensor for _, tensor in _cut(rest, raw)]
+    return read
+
+
+def _leave(filling: Filling, chunk: list[Part], ahead: Future[list[torch.Tensor]] | None) -> _Read:
+    """Leave what is copied to be read when it is."""
+    rest = iter(ahead.result() if ahead is not None else ())
     tensors = [
-        (part.spec, StoredTensor(part.spec, filling=filling)) if part.is_copied else next(others)
+        (part.spec, StoredTensor(part.spec, filling=filling) if part.is_copied else next(rest))
         for part in chunk
     ]
     return _Read(tensors, filling, chunk[0].start, _last(chunk).end)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from vllm_mixprec.checkpoint.stored import unpin
+from vllm_mixprec.checkpoint.threads import unpin
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not name
 _STEP_BYTES = 4 << 20  # of one call, so that the end of loading is not waited for

@@ -20,6 +20,7 @@ from vllm_mixprec.errors import RouteError
 
 _SHOWN = 5
 
+OnFirst = Callable[[Parameter, torch.Tensor], None]
 OnLoaded = Callable[[Module, int | None, bool], None]
 
 
@@ -31,7 +32,11 @@ class Ledger:
     """
 
     def __init__(
-        self, model: Module, lent: Collection[str] = (), on_loaded: OnLoaded | None = None
+        self,
+        model: Module,
+        lent: Collection[str] = (),
+        on_loaded: OnLoaded | None = None,
+        on_first: OnFirst | None = None,
     ) -> None:
         """Watch a model.
 
@@ -40,10 +45,12 @@ class Ledger:
             on_loaded: is called when all of a layer is loaded, with the layer, None and True; of a
                 layer of routed experts for each of them, with its logical id and whether it is the
                 last; but only after whoever took the last tensor of it has asked for the next.
+            on_first: is called before a parameter's first tensor is loaded, with both.
         """
         self._modules = dict(model.named_modules())  # get_submodule walks, for each tensor
         self._lent = lent
         self._on_loaded = on_loaded
+        self._on_first = on_first
         self._current = ""
         self._taken: dict[str, int] = {}
         # parameter name -> (shard, expert) -> tensor that filled it
@@ -202,6 +209,8 @@ class Ledger:
             keys = [(shard, expert) for shard in shards for expert in experts]
             for key in keys:
                 self._require_unfilled(name, key)
+            if self._on_first is not None and name not in self._filled:
+                self._on_first(parameter, loaded_weight)
             result = loader(param, loaded_weight, *args, **kwargs)
             if result is not False:
                 for key in keys:

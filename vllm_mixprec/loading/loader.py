@@ -29,6 +29,7 @@ from vllm_mixprec.loading.fresh_pages import made_ahead
 from vllm_mixprec.loading.intake import Intake
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.loading.pack_ahead import PackAhead
+from vllm_mixprec.loading.placement import Placement
 from vllm_mixprec.loading.reload import as_sources_are
 from vllm_mixprec.loading.rows import copied_tensors, rank_rows, shared_tensors
 from vllm_mixprec.models import PREPARE
@@ -111,7 +112,10 @@ class MixPrecLoader(BaseModelLoader):
         config = _plan_config(get_current_vllm_config())
         ahead = PackAhead()
         on_loaded = ahead.loaded if current_platform.is_cpu() else None
-        ledger = Ledger(model, lent_parameters(model, config), on_loaded)
+        # A reload finds the parameters where kernels know them to be.
+        routes = model.mixprec_intake.held.values()
+        on_first = None if model.mixprec_asked else Placement(model, routes).suit
+        ledger = Ledger(model, lent_parameters(model, config), on_loaded, on_first)
         try:
             # Closed also by an error that keeps the generator alive: who packs waits for reading.
             with ahead, closing(self.get_all_weights(model_config, model)) as weights:

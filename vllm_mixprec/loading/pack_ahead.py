@@ -15,7 +15,7 @@ from torch.nn import Module
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from vllm_mixprec.checkpoint.stored import unpin
+from vllm_mixprec.checkpoint.threads import unpin
 from vllm_mixprec.quant.cpu import CpuInPlaceExpertsMethod
 from vllm_mixprec.quant.cpu_linear import CpuFp8LinearMethod
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 
 from vllm_mixprec.checkpoint.packing import AWQ_ORDER
-from vllm_mixprec.checkpoint.stored import unpin
+from vllm_mixprec.checkpoint.threads import unpin
 
 Int4Layout = ops.CPUQuantAlgo
 """What int4 weights are packed from: AWQ's words or GPTQ v1's."""
@@ -117,10 +117,11 @@ def with_room(words: Tensor, group_size: int) -> Tensor:
 def _room_of(words: Tensor, group_size: int) -> Tensor | None:
     """Return the whole memory of a tensor that :func:`with_room` made; None of any other."""
     experts, each = _roomy_shape(words, group_size)
-    storage = words.untyped_storage()
-    if words.stride(0) != each or storage.nbytes() != 4 * experts * each:
+    begin, storage = words.storage_offset(), words.untyped_storage()
+    if words.stride(0) != each or storage.nbytes() < 4 * (begin + experts * each):
         return None
-    return torch.empty(0, dtype=torch.int32).set_(storage).view(experts, each)
+    room = torch.empty(0, dtype=torch.int32)
+    return room.set_(storage, begin, (experts, each), (each, 1))
 
 
 def _roomy_shape(words: Tensor, group_size: int) -> tuple[int, int]:
