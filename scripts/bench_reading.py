@@ -8,28 +8,19 @@ Every way reads the same files, cold, with a load's reading threads, into fresh 
 whose pages a thread makes ahead, as a load does. ``dd`` reads them beside it.
 
 past the cache, by buffers: O_DIRECT into the package's buffers in huge pages, copied from there:
-what a load does with weights that the page cache does not hold.
-past the cache, in place: O_DIRECT straight into the memory. Here it is laid out to suit the file;
-a parameter's is not (below), so a load could only do this and then move every byte.
-past the cache, in place and moved: the same into memory eight bytes off, where each piece is moved
-to after it was read.
+what a load does with what the page cache does not hold and is small, or lies otherwise in memory.
+past the cache, in place: O_DIRECT straight into the memory, which begins at the place of a sector
+where the file does: what a load does with most weights that the page cache does not hold.
 through the cache, in place: what a load does with weights that go through the page cache.
-
-A device takes whole sectors of a file, and memory at multiples of a size (statx ``STATX_DIOALIGN``)
-which safetensors heeds for no tensor. Straight into a parameter, tensors can be read only where its
-memory and all of them begin at the same place of a sector: the last lines count where they do.
 """
 
 import argparse
-import ctypes
 import json
 import mmap
 import os
-import re
 import resource
 import statistics
 import time
-from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,12 +38,6 @@ from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader, read_into
 from vllm_mixprec.checkpoint.threads import start_readers
 from vllm_mixprec.loading.fresh_pages import made_ahead
 
-_MOVED_BYTES = 8
-_EXPERT = re.compile(r"\.experts\.\d+\.")
-_STATX_DIOALIGN, _DIO_PLACE = 0x2000, 152  # include/uapi/linux/stat.h
-_AT_FDCWD = -100
-_LIBC = ctypes.CDLL(None)
-
 
 def past_by_buffers(reader: RangeReader, file: OpenFile, start: int, place: np.ndarray) -> None:
     lent, is_past = reader.lend(file, start, start + len(place), _spec(file), is_past=True)
@@ -61,15 +46,9 @@ def past_by_buffers(reader: RangeReader, file: OpenFile, start: int, place: np.n
 
 
 def past_in_place(reader: RangeReader, file: OpenFile, start: int, place: np.ndarray) -> None:
-    assert file.direct is not None, f"{file.file}: cannot be read past the page cache"
-    read_into(torch.from_numpy(place), file.direct, start, _spec(file))
-
-
-def past_and_moved(reader: RangeReader, file: OpenFile, start: int, place: np.ndarray) -> None:
-    past_in_place(reader, file, start, place)
-    address = place.ctypes.data
-    size = ctypes.c_size_t(len(place))
-    _LIBC.memmove(ctypes.c_void_p(address + _MOVED_BYTES), ctypes.c_void_p(address), size)
+    segments = np.array([(place.ctypes.data, len(place))], np.uint64)
+    is_past = reader.read_into_place(file, segments, start)
+    assert is_past, f"{file.file}: not read past the page cache, {file.alignment}"
 
 
 def through_in_place(reader: RangeReader, file: OpenFile, start: int, place: np.ndarray) -> None:
@@ -79,7 +58,6 @@ def through_in_place(reader: RangeReader, file: OpenFile, start: int, place: np.
 WAYS = {
     "past the cache, by buffers": past_by_buffers,
     "past the cache, in place": past_in_place,
-    "past the cache, in place and moved": past_and_moved,
     "through the cache, in place": through_in_place,
 }
 
@@ -128,29 +106,6 @@ def _cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def alignments(file: Path) -> tuple[int, int]:
-    """What direct reads of a file have to be multiples of: addresses, and offsets in the file."""
-    found = (ctypes.c_uint32 * 64)()
-    failed = _LIBC.statx(
-        _AT_FDCWD, os.fsencode(file), 0, ctypes.c_uint(_STATX_DIOALIGN), ctypes.byref(found)
-    )
-    memory, offset = found[_DIO_PLACE // 4], found[_DIO_PLACE // 4 + 1]
-    return (0, 0) if failed else (memory, offset)
-
-
-def count_places(files: list[Path], sector: int) -> tuple[int, int, int]:
-    """Count the parameters that a layer's experts make up, those all of whose tensors begin at one
-    place of a sector, and the places at which tensors of experts begin."""
-    places = defaultdict(set)
-    for file in files:
-        for name, spec in read_header(file).items():
-            if _EXPERT.search(name) and spec.nbytes >= READ_BYTES >> 3:
-                stem = _EXPERT.sub(".experts.", name).replace("gate_proj", "up_proj")
-                places[stem].add(spec.start % sector)
-    alike = sum(len(found) == 1 for found in places.values())
-    return len(places), alike, len(set().union(*places.values()))
-
-
 def report(rounds: list[dict[str, Any]]) -> str:
     lines = [
         "| way | MB/s | CPU seconds a GB | over the faster dd | over buffers |",
@@ -183,7 +138,6 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.checkpoint or write_models(LARGE_FOLDER, LARGE, ("bf16",))["bf16"]
     files = weight_files(folder)
-    memory, sector = alignments(files[0])
     machine = describe_machine()
     rounds: list[dict[str, Any]] = []
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -197,17 +151,10 @@ def main() -> None:
             "dd, direct": nbytes / time_dd(files, direct=True) / 1e6,
         }
         rounds.append(times)
-        result = {"machine": machine, "alignments": [memory, sector], "rounds": rounds}
+        result = {"machine": machine, "rounds": rounds}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"round {number + 1} of {options.rounds}, load {os.getloadavg()[0]:.1f}", flush=True)
     print(f"\n{machine_line(machine)}\n\n{report(rounds)}\n")
-    if sector:
-        parameters, alike, begun = count_places(files, sector)
-        print(
-            f"Direct reads here take addresses that are multiples of {memory} bytes and offsets "
-            f"that are multiples of {sector}. Tensors of experts begin at {begun} places of such a "
-            f"sector; all of a parameter's at the same in {alike} of {parameters} parameters."
-        )
     print(f"\nWritten to {options.json}")
 
 

@@ -4,8 +4,8 @@
     python scripts/synthetic.py                       # runs/synthetic: 1.4, 0.8 and 0.4 GB
     python scripts/synthetic.py --layers 2 -o runs/tiny
 
-The layout is that of Hugging Face's files: one tensor an expert projection, shards of about 300 MB,
-an index. Quantisation is plain round-to-nearest: speed, bytes and memory do not depend on how good
+The layout is that of Hugging Face's files: one tensor an expert projection, shards, an
+index. Quantisation is plain round-to-nearest: speed, bytes and memory do not depend on how good
 the codes are. Nothing here is meant for tests of numbers. One shard of each format is in memory at
 a time. A model that is there already, with the same shape, is left alone.
 """
@@ -47,9 +47,17 @@ class Shape:
 
 LARGE_FOLDER = ROOT / "runs" / "synthetic-large"
 LARGE = Shape(
-    layers=4, experts=128, top_k=8, hidden=2048, inner=768, heads=32, kv_heads=4, head_dim=128,
+    layers=4,
+    experts=128,
+    top_k=8,
+    hidden=2048,
+    inner=768,
+    heads=32,
+    kv_heads=4,
+    head_dim=128,
+    shard_bytes=4_000_000_000,
 )
-"""Layers of Qwen3-30B-A3B's size: 4.9 GB in BF16, 2.5 in FP8, 1.3 in int4."""
+"""Layers of Qwen3-30B-A3B's size: 4.9 GB in BF16, 2.5 in FP8, 1.3 in int4; shards as it has."""
 
 
 def write_models(

@@ -12,8 +12,9 @@ from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from tests.loading.indexers import FIXTURES
 from tests.loading.serving import needs_cpu, serve
+from vllm_mixprec.checkpoint import stream
 from vllm_mixprec.checkpoint.ranges import OpenFile
-from vllm_mixprec.loading import loader
+from vllm_mixprec.loading import loader, placement
 
 pytestmark = needs_cpu
 MIXTRAL = FIXTURES / "architectures" / "mixtral"
@@ -46,7 +47,13 @@ def load(folder: Path, models: Path, is_cold: bool) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in built.model.named_parameters()}
 
 
-def test_cold_and_warm_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("least_bytes", [1 << 20, 1])
+def test_cold_and_warm_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least_bytes: int
+) -> None:
+    """By buffers, as small weights are read, and straight into place."""
+    monkeypatch.setattr(stream, "_PLACED_BYTES", least_bytes)
+    monkeypatch.setattr(placement, "_SMALLEST_BYTES", least_bytes)
     lines: list[str] = []
     monkeypatch.setattr(
         loader.logger, "info", lambda text, *given, **named: lines.append(text % given)
@@ -55,7 +62,8 @@ def test_cold_and_warm_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     expected = load(tmp_path / "warm", tmp_path / "models", is_cold=False)
     assert not any("past the page cache" in line for line in lines), lines
     found = load(tmp_path / "cold", tmp_path / "models", is_cold=True)
-    assert any("GiB were read past the page cache" in line for line in lines), lines
+    [line] = [line for line in lines if "GiB were read past the page cache" in line]
+    assert ("0% of it straight into place" in line) == (least_bytes > 1), line
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)), name
