@@ -9,8 +9,9 @@ the processor time, and 1.7 times as fast, when read past it (O_DIRECT); as fast
 So ranges that are cached are read from the cache, and others past it as long as the device delivers
 what makes the cache hardly worth its while: a start from the cache takes about a core's second for
 a gigabyte, filling it two more, so the first start loses by it what the next one gains at some 0.5
-GB/s a core. From a slower disk the rest is read through the cache, and the first 256 MiB or so,
-which told that, are brought there afterwards.
+GB/s a core. Half of that counts as enough, since the disk's own speed varies as much from second to
+second. From a slower one the rest is read through the cache, and the first 256 MiB or so, which
+told that, are brought there afterwards.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from vllm_mixprec.checkpoint.threads import reading_cores
 from vllm_mixprec.errors import CheckpointError
 
 _TRIAL_BYTES = 256 << 20
-_WORTH_A_CORE = 0.4e9  # bytes a second of a device, a core, from which on the cache is passed
+_WORTH_A_CORE = 0.25e9  # bytes a second of a device, a core, from which on the cache is passed
 _SAMPLE_BYTES = 64 << 10
 _SMALL_BYTES = 64 << 10
 _ALIGNED_BYTES = 4096  # of offsets, sizes and memory; a device that asks for more says so
