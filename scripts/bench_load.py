@@ -45,6 +45,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,20 +165,24 @@ def run_dd(files: list[Path]) -> dict[str, float]:
 
 
 def measure_round(child: Child, served: dict[str, Path], number: int) -> Round:
-    """Measure everything once; keys are "NAME, warm", "NAME, cold", "reader" and "dd"."""
+    """Measure everything once; keys are "NAME, warm", "NAME, cold", "reader" and "dd".
+
+    In any order: what reads a file after others may find it in the memory of the disk's host.
+    """
     plain = served[STOCK]
     cases = [(name, False) for name in served]
     cases += [(name, True) for name in (*MODELS, STOCK)]
-    random.Random(number).shuffle(cases)
-    found = {
-        f"{name}, {'cold' if cold else 'warm'}": child.ask(
-            "load", served[name], cold, plain=STOCK in name
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        f"{name}, {'cold' if cold else 'warm'}": partial(
+            child.ask, "load", served[name], cold, plain=STOCK in name
         )
         for name, cold in cases
     }
-    found["reader"] = child.ask("drain", plain, cold=True)
-    found["dd"] = run_dd(weight_files(plain))
-    return found
+    runs["reader"] = partial(child.ask, "drain", plain, cold=True)
+    runs["dd"] = partial(run_dd, weight_files(plain))
+    names = list(runs)
+    random.Random(number).shuffle(names)
+    return {name: runs[name]() for name in names}
 
 
 def _nearest_stock(times: Round, nbytes: int) -> str:

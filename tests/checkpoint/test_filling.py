@@ -196,6 +196,24 @@ def test_who_waits_for_a_place_is_told_when_it_is_filled(written: Written, monke
     assert torch.equal(told[0], tensors[spec.name]) and done.result() is None
 
 
+def test_a_large_tensor_is_filled_late_by_several_threads(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(filling, "READ_BYTES", 3000)
+    tensors = {"weight": torch.randn(400, 30), "x": torch.randn(3, 3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    specs = [*read_header(tmp_path / "model.safetensors").values()]
+    threads, read = set(), filling.Filling._read_run
+
+    def noted(self, run):
+        threads.add((threading.get_ident(), run[0].start))
+        read(self, run)
+
+    monkeypatch.setattr(filling.Filling, "_read_run", noted)
+    monkeypatch.setattr(stream, "READ_BYTES", 1)
+    places = read_to(specs, set(specs), contiguous, True)
+    assert all(torch.equal(place, tensors[name]) for name, place in places.items())
+    assert len(threads) == 17 and threading.get_ident() not in {ident for ident, _ in threads}
+
+
 @pytest.mark.parametrize("is_late", [False, True])
 def test_a_file_that_was_cut_short_is_an_error(written: Written, is_late: bool):
     _, specs = written

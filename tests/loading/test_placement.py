@@ -123,6 +123,21 @@ def test_int4_words_keep_their_room_and_begin_with_a_run(tmp_path: Path, stored)
     experts.weight.data.fill_(1)  # all of its memory is its own
 
 
+def test_codes_of_a_byte_begin_where_packing_can_view_them(tmp_path: Path, stored):
+    """It views eight at a time; a file may have them begin anywhere."""
+    codes = torch.zeros(SHAPE, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for first in (1, 4, 24):
+        file = tmp_path / f"{first}.safetensors"
+        save_file({"a": torch.zeros(first, dtype=torch.uint8), "b": codes}, file)
+        spec = read_header(file)["b"]
+        linear = layer(Method(), torch.empty(SHAPE, dtype=codes.dtype))
+        tensor = stored(spec)
+        Placement(linear, []).suit(linear.weight, tensor)
+        memory = tensor.filling.file.alignment.memory
+        assert linear.weight.storage_offset() % 8 == 0
+        assert (place(linear.weight, memory) == spec.start % memory) == (spec.start % 8 == 0)
+
+
 @pytest.mark.parametrize("why", ["another's method", "small", "cached", "not read late"])
 def test_others_stay_where_they_are(tmp_path: Path, stored, why: str):
     specs = write(tmp_path / "a.safetensors", 24, ["b"])

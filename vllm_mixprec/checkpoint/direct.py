@@ -42,6 +42,8 @@ def alignment_of(descriptor: int) -> Alignment | None:
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if release is None or tuple(map(int, release.groups())) < _PINNING_LINUX:
         return None
+    if not hasattr(_LIBC, "statx"):
+        return None
     found = (ctypes.c_uint32 * 64)()
     failed = _LIBC.statx(
         descriptor, b"", _AT_EMPTY_PATH, ctypes.c_uint(_STATX_DIOALIGN), ctypes.byref(found)
@@ -60,33 +62,39 @@ class DirectRead:
     """
 
     def __init__(self, segments: np.ndarray, start: int, alignment: Alignment) -> None:
-        self._sector = alignment.sector
-        self._first = self._position = start // self._sector * self._sector
-        self._end = start + int(segments[:, 1].sum())
+        self._sector = sector = alignment.sector
+        ends = start + np.cumsum(segments[:, 1].astype(np.int64))
+        begins = ends - segments[:, 1].astype(np.int64)
+        inner, outer = -(-begins // sector) * sector, ends // sector * sector
+        addresses = segments[:, 0].astype(np.int64) + inner - begins
+        unsuited = np.count_nonzero((addresses % alignment.memory != 0) & (inner < outer))
+        # Rows of a piece each that begin amid a sector would be as many sectors beside.
+        beside = int(np.count_nonzero(begins % sector)) + 1
+        self.fits = not unsuited and beside <= _BESIDE and len(segments) + beside <= _SEGMENTS
+        if not self.fits:
+            return
+        self._first = self._position = start // sector * sector
+        self._end = int(ends[-1])
         self._vectors: list[tuple[int, int]] = []  # address and length, as preadv takes them
         self._edges: list[tuple[int, int, int]] = []  # address, offset in the file, length
         # Of the sectors that have an edge in them, one an edge at most.
-        self._beside = aligned_memory(self._sector * (len(segments) + 1), self._sector)
+        self._memory = aligned_memory(sector * (beside + 1), sector)
+        self._beside = self._memory.ctypes.data
         self._places: dict[int, int] = {}  # offset in the file -> address in that
-        is_straight = True
-        begin = start
-        for address, nbytes in segments.tolist():
-            end = begin + nbytes
-            inner, outer = self._up(begin), end // self._sector * self._sector
-            if inner < outer:
-                self._read_beside(inner)
-                self._vectors.append((address + inner - begin, outer - inner))
-                is_straight &= (address + inner - begin) % alignment.memory == 0
-                self._position = outer
-                self._edges += [(address, begin, inner - begin)]
-                self._edges += [(address + outer - begin, outer, end - outer)]
+        pieces = zip(
+            segments[:, 0].tolist(), *(each.tolist() for each in (begins, ends)), strict=True
+        )
+        for address, begin, end in pieces:
+            first, last = self._up(begin), end // sector * sector
+            if first < last:
+                self._read_beside(first)
+                self._vectors.append((address + first - begin, last - first))
+                self._position = last
+                self._edges.append((address, begin, first - begin))
+                self._edges.append((address + last - begin, last, end - last))
             else:
-                self._edges.append((address, begin, nbytes))
-            begin = end
+                self._edges.append((address, begin, end - begin))
         self._read_beside(self._up(self._end))
-        # Rows of a piece each that begin amid a sector would be as many sectors beside.
-        few = len(self._vectors) <= _SEGMENTS and len(self._places) <= _BESIDE
-        self.fits = is_straight and few
 
     def _up(self, offset: int) -> int:
         return -(-offset // self._sector) * self._sector
@@ -94,7 +102,7 @@ class DirectRead:
     def _read_beside(self, end: int) -> None:
         """Have the sectors from the last position on read to memory of our own."""
         for offset in range(self._position, end, self._sector):
-            address = self._beside.ctypes.data + len(self._places) * self._sector
+            address = self._beside + len(self._places) * self._sector
             self._places[offset] = address
             self._vectors.append((address, self._sector))
         self._position = max(self._position, end)

@@ -2,8 +2,9 @@
 """Reads a file straight into the memory where it goes, from the page cache or past it."""
 
 import ctypes
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +82,9 @@ class Filling:
         self._pool = pool
         self._left: list[_Place] = []
         self._is_begun = False
+        self._lock = threading.Lock()
+        self._to_end = 0  # jobs
+        self._failure: BaseException | None = None
 
     def fill(self, target: torch.Tensor, start: int, spec: TensorSpec) -> None:
         """Fill memory with the range of the file from ``start`` on, a part of it each thread.
@@ -110,7 +114,12 @@ class Filling:
         if not self._left:
             self.done.set_result(None)
             return False
-        self._pool.submit(self._read, self._left).add_done_callback(self._end)
+        jobs = [self._left]
+        if len(self._left) == 1:  # which may be large; neighbours never are
+            jobs = [[part] for part in self._left[0].split()]
+        self._to_end = len(jobs)
+        for job in jobs:
+            self._pool.submit(self._read, job).add_done_callback(self._end)
         return True
 
     def _read(self, places: list[_Place]) -> None:
@@ -158,10 +167,18 @@ class Filling:
             pieces.copy_(raw[place.start - start : place.end - start].view(pieces.shape))
 
     def _end(self, job: Future[None]) -> None:
-        """Pass on how the job ended."""
-        if job.cancelled():
-            self.done.cancel()
-        elif (error := job.exception()) is not None:
-            self.done.set_exception(error)
-        else:
+        """Pass on how the jobs ended, when the last has."""
+        with self._lock:
+            self._to_end -= 1
+            if job.cancelled():
+                self._failure = CancelledError()
+            else:
+                self._failure = job.exception() or self._failure
+            if self._to_end:
+                return
+        if self._failure is None:
             self.done.set_result(None)
+        elif isinstance(self._failure, CancelledError):
+            self.done.cancel()
+        else:
+            self.done.set_exception(self._failure)

@@ -16,6 +16,7 @@ told that, are brought there afterwards.
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -142,6 +143,7 @@ class RangeReader:
 
     def __init__(self, may_pass: bool = False) -> None:
         self.may_pass = may_pass
+        self._may_place = True
         self._is_slow = False  # whether the device is one whose bytes are worth caching
         self._worth = _WORTH_A_CORE * reading_cores()
         self._buffers = Buffers()
@@ -205,17 +207,25 @@ class RangeReader:
             Whether it did; it does not where memory does not lie as the device needs it, and where
             reading so is refused.
         """
-        if not self.may_pass or file.direct is None or file.alignment is None:
+        if not self._may_place or file.direct is None or file.alignment is None:
             return False
         read = DirectRead(segments, start, file.alignment)
         if not read.fits:
             return False
         end = start + int(segments[:, 1].sum())
-        is_read = self._pass(file, start, end, partial(read.run, file.direct))
+        is_read = self._pass(file, start, end, partial(self._place, read, file.direct))
         if is_read:
             with self._lock:
                 self._placed_bytes += end - start
         return is_read
+
+    def _place(self, read: DirectRead, descriptor: int) -> bool:
+        try:
+            return read.run(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINTR:
+                self._may_place = False  # a layered device may ask for more than it tells
+            return False
 
     def finish(self) -> None:
         """Have what was tried brought into the page cache, if the next start could use it there."""

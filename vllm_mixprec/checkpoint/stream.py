@@ -142,8 +142,9 @@ class _Stream:
         copied = [part for part in chunk if part.is_copied]
         is_whole = len(copied) == len(chunk)
         is_piecemeal = not is_whole or min(part.end - part.start for part in chunk) < _PLACED_BYTES
-        if not copied or (is_past and is_piecemeal):
+        if not copied or (is_past and (is_piecemeal or file.alignment is None)):
             return self._pool.submit(_read_chunk, filling, chunk, self._reader).result
+        ahead: Future[list[torch.Tensor]] | None = None
         if not is_past and not file.is_cached(start, end):
             ahead = self._pool.submit(_bring_chunk, filling, chunk, self._reader)
         else:

@@ -112,9 +112,10 @@ class MixPrecLoader(BaseModelLoader):
         config = _plan_config(get_current_vllm_config())
         ahead = PackAhead()
         on_loaded = ahead.loaded if current_platform.is_cpu() else None
+        on_first = None
         # A reload finds the parameters where kernels know them to be.
-        routes = model.mixprec_intake.held.values()
-        on_first = None if model.mixprec_asked else Placement(model, routes).suit
+        if model.mixprec_copied and not model.mixprec_asked:
+            on_first = Placement(model, model.mixprec_intake.held.values()).suit
         ledger = Ledger(model, lent_parameters(model, config), on_loaded, on_first)
         try:
             # Closed also by an error that keeps the generator alive: who packs waits for reading.

@@ -22,7 +22,8 @@ from vllm_mixprec.routing.fused import parse_expert
 
 _ROOM_BYTES = 4096  # no device asks for multiples of more
 _SMALLEST_BYTES = 1 << 20
-_WORDS_BYTES = 16  # int4 words are packed in runs of as many (quant/int4_blocks.py)
+# Packing views what it packs in such: int4 words (quant/int4_blocks.py), and all else.
+_WORDS_BYTES, _OTHER_BYTES = 16, 8
 _STOCK = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
@@ -58,7 +59,7 @@ class Placement:
         spec = first.spec
         start = self._examples.get(spec, spec).start + first.start - spec.start
         moved = (start - room.data_ptr()) % alignment.memory
-        unit = _WORDS_BYTES if parameter.dtype == torch.int32 else parameter.itemsize
+        unit = _WORDS_BYTES if parameter.dtype == torch.int32 else _OTHER_BYTES
         if moved % unit == 0 and moved <= _ROOM_BYTES:
             _lay(parameter, room, moved)
 
@@ -79,7 +80,7 @@ def _most_alike(routes: Iterable[Route]) -> dict[TensorSpec, TensorSpec]:
             for suffix, spec in route.tensors.items():
                 files = kinds.setdefault((expert.layer, route.source, suffix), {})
                 files.setdefault(spec.file, []).append(spec)
-    examples = {}
+    examples: dict[TensorSpec, TensorSpec] = {}
     for files in kinds.values():
         [example, *_] = max(files.values(), key=len)
         for specs in files.values():
