@@ -144,14 +144,10 @@ class _Stream:
         is_piecemeal = not is_whole or min(part.end - part.start for part in chunk) < _PLACED_BYTES
         if not copied or (is_past and (is_piecemeal or file.alignment is None)):
             return self._pool.submit(_read_chunk, filling, chunk, self._reader).result
-        ahead: Future[list[torch.Tensor]] | None = None
+        is_on_its_way = None
         if not is_past and not file.is_cached(start, end):
-            ahead = self._pool.submit(_bring_chunk, filling, chunk, self._reader)
-        else:
-            ahead = (
-                None if is_whole else self._pool.submit(_read_rest, filling, chunk, self._reader)
-            )
-        return partial(_leave, filling, chunk, ahead)
+            is_on_its_way = self._pool.submit(bring, file.descriptor, start, end)
+        return partial(_leave, filling, chunk, self._reader, is_on_its_way)
 
     def _give(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
         """Yield what was read first, and have filled what those who took it left for later."""
@@ -224,26 +220,20 @@ def _read_chunk(filling: Filling, chunk: list[Part], reader: RangeReader) -> _Re
     return _Read(_cut(chunk, raw), filling, begin, last.end)
 
 
-def _bring_chunk(filling: Filling, chunk: list[Part], reader: RangeReader) -> list[torch.Tensor]:
-    bring(filling.file.descriptor, chunk[0].start, _last(chunk).end)
-    return _read_rest(filling, chunk, reader)
-
-
-def _read_rest(filling: Filling, chunk: list[Part], reader: RangeReader) -> list[torch.Tensor]:
-    """Read what of a chunk is not copied, which is small; return it in order."""
-    read: list[torch.Tensor] = []
+def _leave(
+    filling: Filling, chunk: list[Part], reader: RangeReader, is_on_its_way: Future[None] | None
+) -> _Read:
+    """Leave what is copied to be read when it is; read what else there is, which is small."""
+    if is_on_its_way is not None:
+        is_on_its_way.result()  # or the file could be closed meanwhile
+    read: list[tuple[TensorSpec, torch.Tensor]] = []
     for rest in _chunk([part for part in chunk if not part.is_copied]):
         last = _last(rest)
-        raw, _ = reader.lend(filling.file, rest[0].start, last.end, last.spec, filling.is_past)
-        read += [tensor for _, tensor in _cut(rest, raw)]
-    return read
-
-
-def _leave(filling: Filling, chunk: list[Part], ahead: Future[list[torch.Tensor]] | None) -> _Read:
-    """Leave what is copied to be read when it is."""
-    rest = iter(ahead.result() if ahead is not None else ())
+        raw, _ = reader.lend(filling.file, rest[0].start, last.end, last.spec, is_past=False)
+        read += _cut(rest, raw)
+    others = iter(read)
     tensors = [
-        (part.spec, StoredTensor(part.spec, filling=filling) if part.is_copied else next(rest))
+        (part.spec, StoredTensor(part.spec, filling=filling)) if part.is_copied else next(others)
         for part in chunk
     ]
     return _Read(tensors, filling, chunk[0].start, _last(chunk).end)
