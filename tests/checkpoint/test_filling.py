@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that are copied at once are read straight into their place, at once or a little later."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -306,6 +307,30 @@ def test_cold_tensors_come_the_same(
     if may_pass:
         is_placed = least_bytes == 1 and (is_suited or not needs_suited)
         assert ("100% of it straight into place" in told) == is_placed, told
+
+
+def test_where_the_device_refuses_memory_it_reads_by_buffers_and_says_so(
+    tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(stream, "_PLACED_BYTES", 1)
+
+    def refuse(self: object, descriptor: int) -> bool:
+        raise OSError(errno.EINVAL, "not there")
+
+    monkeypatch.setattr(ranges.DirectRead, "run", refuse)
+    tensors = {f"{number}.weight": torch.randn(400, 30 + number) for number in range(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    specs = list(read_header(tmp_path / "model.safetensors").values())
+    make_cold(specs)
+    reader, places = RangeReader(may_pass=True), {}
+    for spec, tensor in read_tensors(specs, reader=reader, copied=set(specs)):
+        places[spec.name] = suited(tensors[spec.name], spec.start).copy_(tensor)
+    assert all(torch.equal(place, tensors[name]) for name, place in places.items())
+    told = reader.report()
+    with closing(OpenFile(specs[0].file, None, may_pass=True)) as file:
+        if told is None or file.alignment is None:
+            pytest.skip("this system has no direct reading into place")
+    assert "0% of it straight into place until that was refused ([Errno 22] not there)" in told
 
 
 def test_what_nobody_tells_of_is_brought_into_the_cache(written: Written, monkeypatch):

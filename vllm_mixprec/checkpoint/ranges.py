@@ -143,7 +143,7 @@ class RangeReader:
 
     def __init__(self, may_pass: bool = False) -> None:
         self.may_pass = may_pass
-        self._may_place = True
+        self._unplaced: OSError | None = None  # why none is read straight into place any more
         self._is_slow = False  # whether the device is one whose bytes are worth caching
         self._worth = _WORTH_A_CORE * reading_cores()
         self._buffers = Buffers()
@@ -207,7 +207,7 @@ class RangeReader:
             Whether it did; it does not where memory does not lie as the device needs it, and where
             reading so is refused.
         """
-        if not self._may_place or file.direct is None or file.alignment is None:
+        if self._unplaced is not None or file.direct is None or file.alignment is None:
             return False
         read = DirectRead(segments, start, file.alignment)
         if not read.fits:
@@ -224,7 +224,7 @@ class RangeReader:
             return read.run(descriptor)
         except OSError as error:
             if error.errno != errno.EINTR:
-                self._may_place = False  # a layered device may ask for more than it tells
+                self._unplaced = error  # a layered device may ask for more than it tells
             return False
 
     def finish(self) -> None:
@@ -243,6 +243,8 @@ class RangeReader:
         speed = self._past_bytes / max(self._reading_s, 1e-9) / 1e9
         what = f"{size:.2f} GiB were read past the page cache"
         how = f"at {speed:.2f} GB/s, {placed:.0%} of it straight into place"
+        if self._unplaced is not None:
+            how += f" until that was refused ({self._unplaced})"
         if self._refused is not None:
             return f"{what}, the rest through it: reading past it was refused ({self._refused})"
         if not self._past_bytes:
