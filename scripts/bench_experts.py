@@ -120,7 +120,7 @@ def layers() -> Iterator[Callable[[Experts], dict[str, Path_]]]:
         yield groups_without_vllm
         return
     from tests.gpu.stock import build, one_rank, run
-    from vllm_mixprec.routing.kernels import Platform
+    from vllm_mixprec.routing.platform import Platform
 
     device = torch.device("cuda", 0)
     major, minor = torch.cuda.get_device_capability()

@@ -16,7 +16,7 @@ import yaml
 from tests.routing.headers import GLM_5, glm_header, write_checkpoint
 from vllm_mixprec import Plan, check
 from vllm_mixprec.cli import main
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.platform import Platform
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, CONFIGS = ROOT / "examples", ROOT / "configs"

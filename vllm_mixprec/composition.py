@@ -20,7 +20,7 @@ from vllm_mixprec.checkpoint.shards import SAFETENSORS, Shards, keep_headers
 from vllm_mixprec.errors import CheckpointError, MixPrecError, RouteError
 from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.check import Report, examine
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.platform import Platform
 from vllm_mixprec.routing.table import RouteTable
 
 __all__ = [

@@ -33,7 +33,7 @@ from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.quant.experts import MixedExpertsMethod, _mapped_backend, load_expert
 from vllm_mixprec.quant.methods import experts_method
 from vllm_mixprec.quant.one_launch import VARIABLE
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.platform import Platform
 from vllm_mixprec.routing.table import ExpertGroup
 
 MODEL = Path(__file__).parent.parent / "fixtures" / "random-moe" / "bf16"

@@ -50,7 +50,7 @@ def bound(format: str, capability: int) -> float:
 def test_a_kernel_skips_the_experts_that_are_not_its_own(row, rank, capability, device):
     from tests.gpu.stock import build, run
     from vllm_mixprec.quant.experts import _mapped_backend
-    from vllm_mixprec.routing.kernels import Platform
+    from vllm_mixprec.routing.platform import Platform
 
     format, pretended, backend = ROWS[row]
     if pretended == 89 and capability < 89:
@@ -81,7 +81,7 @@ def test_a_kernel_skips_the_experts_that_are_not_its_own(row, rank, capability, 
 )
 def test_a_layer_of_several_formats_is_float32s(mix, kernel, rank, capability, device):
     from tests.gpu.stock import build, run
-    from vllm_mixprec.routing.kernels import Platform
+    from vllm_mixprec.routing.platform import Platform
 
     platform = Platform(f"cuda-{capability}")
     experts = Experts(SHAPE, mix, "cuda")

@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tests.engine.test_channel import BASE, write_sources
 from tests.loading.serving import needs_cpu, serve_plan
 from vllm_mixprec import Plan
-from vllm_mixprec.routing.kernels import detect_platform
+from vllm_mixprec.routing.platform import detect_platform
 
 pytestmark = [
     needs_cpu,

@@ -18,7 +18,7 @@ from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import CheckpointError, MixPrecError
 from vllm_mixprec.loading.reload import as_sources_are, hash_fixed
 from vllm_mixprec.routing import Layout, Route, load_route_table
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.platform import Platform
 
 GATE_UP = "model.layers.{}.mlp.experts.gate_up_proj"
 

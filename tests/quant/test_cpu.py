@@ -15,7 +15,7 @@ from vllm_mixprec.quant import cpu
 from vllm_mixprec.quant.experts import MixedExpertsMethod
 from vllm_mixprec.quant.methods import experts_method
 from vllm_mixprec.routing import ExpertGroup
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.platform import Platform
 
 BF16 = Scheme("bf16", 16)
 FP8 = Scheme("fp8_block", 8, block=(128, 128))

@@ -26,7 +26,7 @@ from vllm_mixprec.checkpoint import Scheme, open_checkpoint
 from vllm_mixprec.quant import cpu_int4_w16, cpu_probe, methods
 from vllm_mixprec.quant.cpu_linear import CpuInt4W16LinearMethod
 from vllm_mixprec.routing import Layout, Platform, RouteTable, load_route_table, resolve
-from vllm_mixprec.routing.kernels import INT4_W16, detect_platform
+from vllm_mixprec.routing.platform import INT4_W16, detect_platform
 
 pytestmark = [
     needs_cpu,

@@ -19,7 +19,7 @@ import torch
 from vllm_mixprec.checkpoint import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant.one_launch import VARIABLE, use_one_launch
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.platform import Platform
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {name: ROOT / "tests" / "fixtures" / "random-moe" / name for name in ("fp8", "gptq")}

@@ -5,8 +5,10 @@ import pytest
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Scheme
 from vllm_mixprec.errors import UnsupportedError
-from vllm_mixprec.routing import Platform, detect_platform, kernels, missing_kernel
-from vllm_mixprec.routing.kernels import INT4_W16, kernels_for
+from vllm_mixprec.routing import Platform, detect_platform, missing_kernel
+from vllm_mixprec.routing import platform as platforms
+from vllm_mixprec.routing.kernels import kernels_for
+from vllm_mixprec.routing.platform import INT4_W16
 
 CPU, OTHER, CUDA = Platform("cpu-avx512"), Platform("cpu-other"), Platform("cuda-90")
 BF16 = Scheme("bf16", 16)
@@ -189,9 +191,9 @@ def test_platform_without_a_broken_kernel_says_why() -> None:
 def test_int4_kernel_of_a_cpu_by_its_flags(
     monkeypatch: pytest.MonkeyPatch, flags: str, name: str, kernel: str | None
 ) -> None:
-    monkeypatch.setattr(kernels, "_cuda_capability", lambda: None)
-    monkeypatch.setattr(kernels, "_cpu_flags", lambda: frozenset(flags.split()))
-    platform = kernels._detect.__wrapped__()
+    monkeypatch.setattr(platforms, "_cuda_capability", lambda: None)
+    monkeypatch.setattr(platforms, "_cpu_flags", lambda: frozenset(flags.split()))
+    platform = platforms._detect.__wrapped__()
     assert platform.name == name
     assert kernel_of(platform, INT4, (512, 1024)) == kernel
     if kernel is None:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_mixprec.couplings import couplings_for, find_problem
-from vllm_mixprec.routing.kernels import KERNELS, Platform
+from vllm_mixprec.routing.kernels import KERNELS
+from vllm_mixprec.routing.platform import Platform
 
 if TYPE_CHECKING:
     from vllm_mixprec.patches import Patch

@@ -18,7 +18,7 @@ from vllm_mixprec.quant.cpu import CpuExpertsMethod
 from vllm_mixprec.quant.cpu_ops import mixed_experts
 from vllm_mixprec.quant.methods import experts_method
 from vllm_mixprec.quant.one_launch import HeldExpertsMethod, OneLaunch, use_one_launch
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.platform import Platform
 from vllm_mixprec.routing.table import ExpertGroup
 
 if TYPE_CHECKING:

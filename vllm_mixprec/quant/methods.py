@@ -28,13 +28,8 @@ from vllm_mixprec.quant.cpu_ops import ExpertKernel
 from vllm_mixprec.quant.cpu_probe import probe, probe_int4_w16
 from vllm_mixprec.quant.expert_parameters import is_plain_silu
 from vllm_mixprec.quant.int4_blocks import Int4Layout
-from vllm_mixprec.routing.kernels import (
-    INT4_W16,
-    KERNELS,
-    PLATFORM_VARIABLE,
-    Platform,
-    detect_platform,
-)
+from vllm_mixprec.routing.kernels import KERNELS
+from vllm_mixprec.routing.platform import INT4_W16, PLATFORM_VARIABLE, Platform, detect_platform
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts

@@ -33,7 +33,7 @@ from vllm_mixprec.quant.grouped_weights import (
     Weight,
     pack_int4,
 )
-from vllm_mixprec.routing.kernels import Platform
+from vllm_mixprec.routing.platform import Platform
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts

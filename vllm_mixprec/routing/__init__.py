@@ -6,7 +6,8 @@ Neither vLLM nor torch is imported.
 
 from vllm_mixprec.routing.check import Report, check
 from vllm_mixprec.routing.findings import Finding
-from vllm_mixprec.routing.kernels import Platform, detect_platform, missing_kernel
+from vllm_mixprec.routing.kernels import missing_kernel
+from vllm_mixprec.routing.platform import Platform, detect_platform
 from vllm_mixprec.routing.route import ExpertGroup, Layout, Route
 from vllm_mixprec.routing.table import RouteTable, load_route_table, resolve
 

@@ -17,8 +17,8 @@ from vllm_mixprec.routing.arithmetic import compare_arithmetic
 from vllm_mixprec.routing.assign import used_sources
 from vllm_mixprec.routing.findings import Finding, FindingLog, source_place
 from vllm_mixprec.routing.indexers import report_split_selections
-from vllm_mixprec.routing.kernels import Platform, detect_platform
 from vllm_mixprec.routing.norms import compare_norms
+from vllm_mixprec.routing.platform import Platform, detect_platform
 from vllm_mixprec.routing.route import Layout
 from vllm_mixprec.routing.sources import compare_configs, compare_routers
 from vllm_mixprec.routing.structure import ModelDims

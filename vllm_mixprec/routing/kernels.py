@@ -3,58 +3,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
-import shutil
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 from vllm_mixprec.checkpoint.formats import Scheme
-from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.routing.fused import Kind
+from vllm_mixprec.routing.platform import INT4_W16, Platform
 from vllm_mixprec.routing.structure import PLAIN_EXPERT, ExpertArithmetic
-
-PLATFORM_VARIABLE = "VLLM_MIXPREC_PLATFORM"
-
-_PLATFORM_NAME = re.compile(r"cpu-avx512|cpu-other|cuda-\d{2,3}|other")
-_CPU_FLAGS = frozenset({"avx512f", "avx512_bf16", "avx512_vnni"})
-# With these vLLM loads a library that has cpu_gemm_wna16 (platforms/cpu.py import_kernels; 0.32's
-# _C_AVX2 has no such operator).
-_AVX512_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
-
-INT4_W16 = "cpu_gemm_wna16"
-"""Name of the kernel for int4 linears that needs AVX512F only."""
-
-
-@dataclass(frozen=True, slots=True)
-class Platform:
-    """A kind of machine: ``cpu-avx512``, ``cpu-other``, ``cuda-90`` (compute 9.0), ``other``.
-
-    ``broken`` maps a format and one of its kernels to why that is not used here, though the kind of
-    machine has it.
-    """
-
-    name: str
-    broken: tuple[tuple[tuple[str, str], str], ...] = ()
-
-    def without(self, broken: Mapping[tuple[str, str], str]) -> Platform:
-        """Return this platform less some kernels: (format, kernel's name) -> reason."""
-        return Platform(self.name, tuple(sorted(broken.items())))
-
-    @property
-    def family(self) -> str:
-        """The part that selects kernels: ``cuda`` for every CUDA device, else the name."""
-        return "cuda" if self.name.startswith("cuda-") else self.name
-
-    @property
-    def compute_capability(self) -> int:
-        """CUDA compute capability times ten, 0 on other platforms."""
-        return int(self.name[len("cuda-") :]) if self.family == "cuda" else 0
-
 
 # Says why a weight of (N, K) on one rank cannot run packed, or None when it can.
 ShapeRule = Callable[[Platform, Scheme, int, int], "str | None"]
@@ -327,79 +282,3 @@ def unserved_experts(
     if is_split:
         return f"{what} takes other ranks' experts for its own", "Leave expert parallelism out."
     return None
-
-
-def detect_platform() -> Platform:
-    """Name the platform of this machine without importing vLLM or torch.
-
-    ``VLLM_MIXPREC_PLATFORM`` overrides what is found. A CUDA context is never created: vLLM's
-    front end forks after it asked us.
-
-    Raises:
-        UnsupportedError: the variable holds no platform's name.
-    """
-    override = os.environ.get(PLATFORM_VARIABLE)
-    if override:
-        if not _PLATFORM_NAME.fullmatch(override):
-            raise UnsupportedError(
-                f"{PLATFORM_VARIABLE} is {override!r}; expected cpu-avx512, cpu-other, "
-                "cuda-<compute capability> such as cuda-90, or other. Correct or unset it."
-            )
-        return Platform(override)
-    return _detect()
-
-
-@lru_cache(maxsize=1)
-def _detect() -> Platform:
-    capability = _cuda_capability()
-    if capability is not None:
-        return Platform(f"cuda-{capability}")
-    if Path("/dev/kfd").exists() or not Path("/proc/cpuinfo").is_file():
-        return Platform("other")
-    flags = _cpu_flags()
-    if flags >= _CPU_FLAGS:
-        return Platform("cpu-avx512")
-    platform = Platform("cpu-other")
-    if flags >= _AVX512_FLAGS:
-        return platform
-    why = "vLLM has it for x86 CPUs with AVX512F, which this one lacks"
-    return platform.without({("gptq", INT4_W16): why, ("awq", INT4_W16): why})
-
-
-def _cpu_flags() -> frozenset[str]:
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.startswith("flags"):
-                return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
-def _cuda_capability() -> int | None:
-    """Lowest compute capability (times ten) of the GPUs, None without one that torch can use."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None or not _torch_has_cuda():
-        return None
-    try:
-        answer = subprocess.run(
-            [smi, "--query-gpu=compute_cap", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.findall(r"^\s*(\d+)\.(\d+)\s*$", answer.stdout, re.MULTILINE)
-    return min((int(major) * 10 + int(minor) for major, minor in found), default=None)
-
-
-def _torch_has_cuda() -> bool:
-    """Read from torch's version.py, unimported, whether it was built for CUDA."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return True  # no torch to serve with here: describe the machine by its devices
-    try:
-        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    except OSError:
-        return True
-    return re.search(r"^cuda\b[^=\n]*=\s*['\"]", text, re.MULTILINE) is not None

@@ -23,8 +23,8 @@ from vllm_mixprec.plan.plan import Plan
 from vllm_mixprec.routing.alike import Alike, gather_alike
 from vllm_mixprec.routing.assign import assign_sources, used_sources
 from vllm_mixprec.routing.findings import Finding, FindingLog, format_bytes, source_place
-from vllm_mixprec.routing.kernels import Platform, detect_platform
 from vllm_mixprec.routing.parallel import Placement
+from vllm_mixprec.routing.platform import Platform, detect_platform
 from vllm_mixprec.routing.route import ExpertGroup, Layout, Route
 from vllm_mixprec.routing.structure import ModelDims, indexer_name, layer_index, text_config
 from vllm_mixprec.routing.widen import Widener, shared_scheme

@@ -17,12 +17,12 @@ from vllm_mixprec.routing.fused import Kind, Unit, group_units, leaf_name, unqua
 from vllm_mixprec.routing.kernels import (
     KERNELS,
     Kernel,
-    Platform,
     kernels_for,
     missing_kernel,
     unserved_experts,
 )
 from vllm_mixprec.routing.parallel import Shard, shard_weight
+from vllm_mixprec.routing.platform import Platform
 from vllm_mixprec.routing.route import Layout, Route
 from vllm_mixprec.routing.structure import PLAIN_EXPERT, ExpertArithmetic, ModelDims
 
