@@ -20,7 +20,7 @@ from vllm_mixprec.loading import pack_ahead
 from vllm_mixprec.loading.ledger import Ledger
 from vllm_mixprec.loading.pack_ahead import PackAhead
 from vllm_mixprec.quant import cpu
-from vllm_mixprec.routing.kernels import detect_platform
+from vllm_mixprec.routing.platform import detect_platform
 
 pytestmark = [
     needs_cpu,
@@ -28,7 +28,7 @@ pytestmark = [
 ]
 MIXTRAL = FIXTURES / "architectures" / "mixtral"
 EXPERTS = "model.layers.*.block_sparse_moe.experts"
-RULES = {f"{EXPERTS}.0": "fp8", f"{EXPERTS}.1": "int4"}
+RULES = {f"{EXPERTS}.0": "fp8", f"{EXPERTS}.{{1,3}}": "int4"}
 
 
 def load(serving: Serving) -> dict[str, torch.Tensor]:
@@ -50,7 +50,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     methods = {
         cpu.CpuBf16ExpertsMethod: "pack_in_place",
         cpu.CpuFp8ExpertsMethod: "pack_in_place",
-        cpu.CpuInt4ExpertsMethod: "pack",
+        cpu.CpuInt4ExpertsMethod: "pack_in_place",
         UnquantizedLinearMethod: "process_weights_after_loading",
         UnquantizedEmbeddingMethod: "process_weights_after_loading",
     }
@@ -110,7 +110,7 @@ def test_packed_ahead_or_not_is_the_same(
     assert threads == {
         "CpuBf16ExpertsMethod": {"mixprec-pack"},
         "CpuFp8ExpertsMethod": {"mixprec-pack"},
-        "CpuInt4ExpertsMethod": {"MainThread"},
+        "CpuInt4ExpertsMethod": {"mixprec-pack"},
         "UnquantizedLinearMethod": {"mixprec-pack"},
         "UnquantizedEmbeddingMethod": {"mixprec-pack"},
     }
@@ -218,6 +218,7 @@ def test_a_layer_that_lacks_a_module_is_not_packed(
         for group in groups
         if "process_weights_after_loading" in vars(group.quant_method)
     }
-    plain, fp8 = "CpuBf16ExpertsMethod", "CpuFp8ExpertsMethod"
-    assert {method for layer, method in begun if ".layers.1." in f"{layer}."} == {fp8}
-    assert {method for layer, method in begun if ".layers.0." in f"{layer}."} == {plain, fp8}
+    plain = "CpuBf16ExpertsMethod"
+    packed = {"CpuFp8ExpertsMethod", "CpuInt4ExpertsMethod"}
+    assert {method for layer, method in begun if ".layers.1." in f"{layer}."} == packed
+    assert {method for layer, method in begun if ".layers.0." in f"{layer}."} == packed | {plain}

@@ -17,8 +17,14 @@ from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.checkpoint.ranges import OpenFile, RangeReader
 from vllm_mixprec.checkpoint.stored import StoredTensor
 from vllm_mixprec.checkpoint.threads import start_readers
-from vllm_mixprec.loading.placement import Placement
-from vllm_mixprec.quant.int4_blocks import with_room
+from vllm_mixprec.loading.placement import Placement, _lay
+from vllm_mixprec.quant.int4_blocks import (
+    Int4Layout,
+    block_in_place,
+    blocked_in_place,
+    pack_int4,
+    with_room,
+)
 from vllm_mixprec.routing import Route
 
 pytestmark = needs_cpu
@@ -120,7 +126,28 @@ def test_int4_words_keep_their_room_and_begin_with_a_run(tmp_path: Path, stored)
     Placement(experts, []).suit(experts.weight, stored(specs["b"]))
     assert experts.weight.shape == words.shape and experts.weight.stride() == words.stride()
     assert experts.weight.data_ptr() % 16 == 0
-    experts.weight.data.fill_(1)  # all of its memory is its own
+
+
+@pytest.mark.parametrize("moved", [16, 48, 4096])
+def test_int4_words_that_were_moved_are_blocked_where_they_are(moved: int):
+    generator = torch.Generator().manual_seed(moved)
+    stored, zeros = (
+        torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+        for shape in ((4, 32, 64), (4, 2, 8))
+    )
+    scales = torch.rand(4, 2, 64, generator=generator)
+    experts = layer(Method(), with_room(stored, 128))
+    room = torch.empty(experts.weight.untyped_storage().nbytes() + 4096, dtype=torch.uint8)
+    _lay(experts.weight, room, moved)
+    words = experts.weight.data
+    assert words.data_ptr() == room.data_ptr() + moved
+    words.copy_(stored)
+    for some in (slice(2, 3), slice(0, 2), slice(3, 4)):
+        block_in_place(words[some], scales[some], zeros[some], Int4Layout.GPTQ)
+    found = blocked_in_place(words, scales, zeros, Int4Layout.GPTQ)
+    assert found[0].data_ptr() == words.data_ptr()
+    for one, other in zip(found, pack_int4(stored, scales, zeros, Int4Layout.GPTQ), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_codes_of_a_byte_begin_where_packing_can_view_them(tmp_path: Path, stored):

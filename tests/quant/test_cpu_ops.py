@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled expert kernels through our op, against float32 loops over the same weights."""
 
-import threading
-import time
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vllm_mixprec.checkpoint.packing import pack
 from vllm_mixprec.quant import cpu_ops, cpu_probe, int4_blocks, methods
 from vllm_mixprec.quant.cpu_ops import ExpertKernel, mixed_experts
 from vllm_mixprec.quant.int4_blocks import Int4Layout, with_room
-from vllm_mixprec.routing.kernels import detect_platform
+from vllm_mixprec.routing.platform import detect_platform
 
 pytestmark = pytest.mark.skipif(
     detect_platform().name != "cpu-avx512", reason="needs AVX512_BF16 and AVX512_VNNI"
@@ -111,24 +112,20 @@ def int4_words(layout, experts, k, n, group_size):
     return weight, torch.rand(*experts, k // group_size, n, generator=generator), zero
 
 
-@pytest.mark.parametrize("tile_words", [int4_blocks._TILE_WORDS, 1 << 16, 1 << 10])
 @pytest.mark.parametrize("layout", Int4Layout)
 @pytest.mark.parametrize(
     "experts, k, n, group_size",
     [
-        ((), 1024, 1056, 128),  # with 1 << 16 tiles of three blocks, the last tile short
+        ((), 1024, 1056, 128),
         ((3,), 256, 96, 64),
         ((2,), 512, 64, 256),  # blocks that are half a group
         ((), 96, 32, 96),
-        ((), 80, 32, 40),  # five words a block: more than one sum of bytes in AWQ, one in GPTQ
+        ((), 80, 32, 40),
         ((1,), 16384, 32, 16384),
         ((2,), 64, 2048, 32),
     ],
 )
-def test_int4_weights_are_blocked_as_vllm_blocks_them(
-    layout, experts, k, n, group_size, tile_words, monkeypatch
-):
-    monkeypatch.setattr(int4_blocks, "_TILE_WORDS", tile_words)
+def test_int4_weights_are_blocked_as_vllm_blocks_them(layout, experts, k, n, group_size):
     weight, scale, zero = int4_words(layout, experts, k, n, group_size)
     weights, zeros, scales = ops.convert_weight_packed_scale_zp(weight, zero, scale, layout)
     found = int4_blocks.pack_int4(weight, scale, zero, layout)
@@ -143,33 +140,73 @@ def test_int4_weights_with_room_are_blocked_where_they_are(layout, group_size):
     roomy = with_room(weight, group_size)
     assert roomy.shape == weight.shape and not roomy.is_contiguous()
     roomy.copy_(weight)
-    found = int4_blocks.pack_int4(roomy, scale, zero, layout)
+    for some in (slice(1, 2), slice(2, 3), slice(0, 1)):  # one by one, in any order
+        int4_blocks.block_in_place(roomy[some], scale[some], zero[some], layout)
+    found = int4_blocks.blocked_in_place(roomy, scale, zero, layout)
     assert found[0].data_ptr() == roomy.data_ptr() and found[0].is_contiguous()
     for one, other in zip(found, int4_blocks.pack_int4(weight, scale, zero, layout), strict=True):
         assert torch.equal(one, other)
 
 
+def test_room_is_told_of_one_expert_and_of_none():
+    weight, scale, zero = int4_words(Int4Layout.GPTQ, (1,), 256, 96, 64)
+    assert int4_blocks.has_room(with_room(weight, 64), scale, Int4Layout.GPTQ)
+    assert not int4_blocks.has_room(weight, scale, Int4Layout.GPTQ)
+
+
 @pytest.mark.parametrize("layout", Int4Layout)
-def test_experts_are_blocked_alike_by_several_threads(layout, monkeypatch):
-    weight, scale, zero = int4_words(layout, (9,), 256, 64, 64)
-    expected = int4_blocks.pack_int4(weight, scale, zero, layout)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(int4_blocks, "_THREADS", 3)
-    monkeypatch.setattr(int4_blocks, "_TILE_WORDS", weight[0].numel())  # one expert at a time
-    threads = set()
-    place = int4_blocks.block_awq if layout == Int4Layout.AWQ else int4_blocks.block_gptq
+def test_weights_are_blocked_where_nothing_compiled_can_be_kept(layout, tmp_path):
+    """As in a container whose file system is read-only: numba then has no place for its cache."""
+    weight, scale, zero = int4_words(layout, (), 256, 64, 64)
+    blocked = int4_blocks.pack_int4(weight, scale, zero, layout)[0]
+    torch.save((weight, scale, zero, blocked), tmp_path / "case.pt")
+    script = f"""
+import torch
+from vllm_mixprec.quant import int4_blocks, cpu_loops
+weight, scale, zero, blocked = torch.load({str(tmp_path / "case.pt")!r})
+layout = int4_blocks.Int4Layout({int(layout)})
+assert torch.equal(int4_blocks.pack_int4(weight, scale, zero, layout)[0], blocked)
+assert type(cpu_loops.block_gptq._cache).__name__ == "NullCache"
+"""
+    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": ""}
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | nowhere)
 
-    def noted(*args):
-        threads.add(threading.current_thread().name)
-        time.sleep(0.01)  # so that no thread takes them all
-        place(*args)
 
-    monkeypatch.setattr(int4_blocks, place.__name__, noted)
-    roomy = with_room(weight, 64)
-    roomy.copy_(weight)
-    found = int4_blocks.pack_int4(roomy, scale, zero, layout)
-    assert len(threads) == 3
-    assert all(map(torch.equal, found, expected))
+def test_a_cache_that_is_damaged_or_full_is_done_without(tmp_path):
+    """Numba's own raises what it finds at the first call; a start would end, or do it slowly."""
+
+    def run(before=""):
+        script = f"""
+import resource, signal, torch
+from vllm_mixprec.quant import cpu_ops, cpu_loops
+weight = torch.randn(64, 64).bfloat16()
+expected = torch.ops._C.convert_weight_packed(weight)
+{before}
+assert torch.equal(cpu_ops.pack_plain(weight), expected)
+"""
+        command = [sys.executable, "-c", script]
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        subprocess.run(command, check=True, env=environment)
+        return [file for file in tmp_path.rglob("*.nb?") if file.stat().st_size]
+
+    full = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    full += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    assert not run(before=full)
+    kept = run()
+    assert kept  # the control
+    for file in kept:
+        file.write_bytes(b"")
+    run()
+
+
+def test_a_worker_can_start_where_numba_was_imported():
+    """vLLM's looks for Triton kernels in all modules, llvmlite's among them."""
+    script = """
+import vllm_mixprec.quant.cpu_loops
+from vllm.triton_utils.dispatcher import _rebind_kernels
+_rebind_kernels([])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("layout", Int4Layout)
@@ -191,7 +228,9 @@ def test_probe_tells_a_layout_that_is_not_vllms(monkeypatch, layout):
         return blocked, *rest
 
     monkeypatch.setattr(cpu_probe.ops, "convert_weight_packed_scale_zp", other)
-    assert "lays int4 out otherwise" in cpu_probe.probe.__wrapped__(ExpertKernel.INT4, layout)
+    assert "lays its weights out otherwise" in cpu_probe.probe.__wrapped__(
+        ExpertKernel.INT4, layout
+    )
 
 
 def test_groups_over_128_columns_that_are_no_multiple_are_wrong_in_vllm():

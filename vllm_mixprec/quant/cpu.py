@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
-from vllm_mixprec.quant.cpu_linear import pack_scheme
+from vllm_mixprec.quant.cpu_linear import int4_layout
 from vllm_mixprec.quant.cpu_ops import (
     ExpertKernel,
     clear_zero_tiles,
@@ -30,7 +30,13 @@ from vllm_mixprec.quant.expert_parameters import (
     create_plain,
     is_plain_silu,
 )
-from vllm_mixprec.quant.int4_blocks import with_room
+from vllm_mixprec.quant.int4_blocks import (
+    block_in_place,
+    blocked_in_place,
+    has_room,
+    pack_int4,
+    with_room,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -136,9 +142,13 @@ class CpuInPlaceExpertsMethod(CpuExpertsMethod):
         """Pack some experts of a layer, for good: the rest is left to vLLM's call."""
         for part in _PARTS:
             tensors = [getattr(layer, name).data for name in self.names if name.startswith(part)]
-            for slot in slots:
+            for slot in slots if self.can_in_place(*tensors) else ():
                 self.pack_in_place(*(tensor[slot : slot + 1] for tensor in tensors))
         layer.__dict__.setdefault(_PACKED, set()).update(slots)
+
+    def can_in_place(self, *tensors: torch.Tensor) -> bool:
+        """Whether a weight of all experts can be packed where it is; else :meth:`pack` does all."""
+        return True
 
     def pack_in_place(self, *tensors: torch.Tensor) -> None:
         """Reorder one weight of some experts, and mend its scales, as :attr:`names` orders them."""
@@ -220,12 +230,10 @@ class CpuFp8ChannelExpertsMethod(CpuInPlaceExpertsMethod):
         return weight, scale.squeeze(2)
 
 
-class CpuInt4ExpertsMethod(CpuExpertsMethod):
+class CpuInt4ExpertsMethod(CpuInPlaceExpertsMethod):
     """GPTQ or AWQ int4 experts, W4A8, symmetric or not."""
 
     kernel = ExpertKernel.INT4
-    # Not ahead of vLLM's call: its many short operations take turns for Python's lock with the
-    # thread that loads, which took a twentieth longer.
     names = ("w13_qweight", "w2_qweight", "w13_scales", "w2_scales", "w13_qzeros", "w2_qzeros")
 
     def create_weights(
@@ -243,7 +251,15 @@ class CpuInt4ExpertsMethod(CpuExpertsMethod):
             words, scales = getattr(layer, f"{name}_qweight"), getattr(layer, f"{name}_scales")
             words.data = with_room(words.data, columns // scales.shape[1])
 
+    def can_in_place(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> bool:
+        # Parameters that vLLM makes anew for a reload have no room.
+        return has_room(weight, scale, int4_layout(self.scheme, zero)[1])
+
+    def pack_in_place(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> None:
+        block_in_place(weight, scale, *int4_layout(self.scheme, zero))
+
     def pack(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        return pack_scheme(self.scheme, weight, scale, zero)
+        packed = blocked_in_place if self.can_in_place(weight, scale, zero) else pack_int4
+        return packed(weight, scale, *int4_layout(self.scheme, zero))

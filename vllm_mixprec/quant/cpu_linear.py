@@ -215,9 +215,8 @@ class CpuInt4LinearMethod(_CpuInt4LinearMethod):
         return torch.float32
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        weight, scale, zero = pack_scheme(
-            self.scheme, layer.qweight.data, layer.scales.data, layer.qzeros.data
-        )
+        zeros, layout = int4_layout(self.scheme, layer.qzeros.data)
+        weight, scale, zero = pack_int4(layer.qweight.data, layer.scales.data, zeros, layout)
         self._finish(
             layer, ("qweight", "qzeros", "scales"), qweight=weight, qzeros=zero, scales=scale
         )
@@ -245,16 +244,14 @@ class CpuInt4W16LinearMethod(_CpuInt4LinearMethod):
         return int4_w16_linear(self.scheme, x, layer.qweight, layer.scales, zeros)
 
 
-def pack_scheme(
-    scheme: Scheme, weight: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Block a weight for the kernel; a symmetric GPTQ v2 checkpoint's zero points are one constant.
+def int4_layout(scheme: Scheme, zeros: torch.Tensor) -> tuple[torch.Tensor, Int4Layout]:
+    """Return the zero points to block a weight with, and the layout of both.
 
-    Returns the blocked weight, scale and zero point.
+    A symmetric GPTQ v2 checkpoint's zero points are one constant.
     """
     if scheme.format == "awq":
-        return pack_int4(weight, scale, zeros, Int4Layout.AWQ)
+        return zeros, Int4Layout.AWQ
     if scheme.zero_offset != 1:
         assert scheme.symmetric, "routing lays asymmetric GPTQ v2 weights out as AWQ"
         zeros = torch.full_like(zeros, GPTQ_SYMMETRIC_ZERO)
-    return pack_int4(weight, scale, zeros, Int4Layout.GPTQ)
+    return zeros, Int4Layout.GPTQ

@@ -36,9 +36,7 @@ _TENSORS: dict[int, int] = {
     ExpertKernel.FP8_CHANNEL: 4,
 }
 
-# The kernels order weights by blocks of output features, each by itself.
-_BLOCK_ROWS = 32
-_REORDER_BYTES = 2 << 20
+_BLOCK_ROWS = 32  # output features that a blocked int4 weight has together
 _FP8_BLOCK_COLUMNS = 128
 _MAGNITUDES = 0x7F7F7F7F7F7F7F7F  # of eight E4M3 codes: all but their signs
 
@@ -46,14 +44,14 @@ _MAGNITUDES = 0x7F7F7F7F7F7F7F7F  # of eight E4M3 codes: all but their signs
 def pack_plain(weight: torch.Tensor) -> torch.Tensor:
     """Reorder bf16 or E4M3 weights, (N, K) or (experts, N, K), for the kernel, and return them.
 
-    They are reordered where they are, a few megabytes at a time: a copy of a layer's experts would
-    be the peak of loading, and its fresh pages cost as much time as the work does.
+    As vLLM's ``convert_weight_packed`` does, but where they are: a copy of a layer's experts would
+    be the peak of loading, and its fresh pages cost more time than the work does.
     """
-    row_bytes = weight.shape[-1] * weight.element_size()
-    rows = max(_REORDER_BYTES // (_BLOCK_ROWS * row_bytes), 1) * _BLOCK_ROWS
-    for matrix in weight.view(-1, *weight.shape[-2:]):
-        for part in matrix.split(rows):
-            part.copy_(torch.ops._C.convert_weight_packed(part))
+    from vllm_mixprec.quant.cpu_loops import turn_blocks  # a GPU's worker needs no numba
+
+    pair = np.dtype(f"uint{16 * weight.itemsize}")
+    for matrix in weight.view(torch.uint8).view(-1, *weight.view(torch.uint8).shape[-2:]):
+        turn_blocks(matrix.numpy().view(pair))
     return weight
 
 

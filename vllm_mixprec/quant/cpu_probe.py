@@ -18,18 +18,21 @@ from vllm_mixprec.quant.int4_blocks import Int4Layout
 def probe(kernel: ExpertKernel, layout: Int4Layout | None = None) -> str | None:
     """Run a kernel, experts and linear, on a small known case; None means it can be trusted.
 
-    Two experts, 256 x 128, three tokens, against float32 arithmetic on the same dequantised
-    weights; ``layout`` is that of int4 ones. Returns what went wrong otherwise. A CPU without the
-    instructions would die of SIGILL here, so the caller asks the CPU's flags first.
+    Two experts, 256 x 128, three tokens and forty, against float32 arithmetic on the same
+    dequantised weights; ``layout`` is that of int4 ones. Returns what went wrong otherwise. A CPU
+    without the instructions would die of SIGILL here, so the caller asks the CPU's flags first.
     """
     # A worker calls this while it builds the model, under the model's default dtype and device.
     with set_default_torch_dtype(torch.float32), torch.device("cpu"):
         try:
-            if layout is not None and not _is_blocked_as_vllm_does(layout):
-                return "vLLM lays int4 out otherwise than is known here"
-            error = _probe(kernel, layout)
-        except (RuntimeError, AttributeError, NotImplementedError) as problem:
-            return f"its probe raised {type(problem).__name__}: {str(problem).splitlines()[0]}"
+            if not (
+                _is_turned_as_vllm_does() if layout is None else _is_blocked_as_vllm_does(layout)
+            ):
+                return "vLLM lays its weights out otherwise than is known here"
+            # With more than four tokens, those that have AMX or its like take another way.
+            error = max(_probe(kernel, layout, tokens) for tokens in (3, 40))
+        except Exception as problem:  # whatever it is, it is why this kernel is not used
+            return _raised(problem)
     # int8 activations cost the int4 kernel about 0.02, rounding to bf16 the others 0.004; a wrong
     # layout, sign or scale is off by 0.3 and more.
     if not error < 0.06:
@@ -53,12 +56,17 @@ def probe_int4_w16(format: str) -> str | None:
                 for group_size in (16, 96)
                 for symmetric in (True, False)
             )
-        except (RuntimeError, AttributeError, NotImplementedError) as problem:
-            return f"its probe raised {type(problem).__name__}: {str(problem).splitlines()[0]}"
+        except Exception as problem:  # whatever it is, it is why this kernel is not used
+            return _raised(problem)
     # Rounding to bf16 costs at most 0.007; a wrong layout or zero point is off by 0.2 and more.
     if not error < 0.02:
         return f"its probe is off by {error:.3f} of the result's norm (at most 0.02)"
     return None
+
+
+def _raised(problem: Exception) -> str:
+    line = str(problem).strip().partition("\n")[0]
+    return f"its probe raised {type(problem).__name__}: {line}"
 
 
 def _probe_int4_w16(format: str, dtype: torch.dtype, group_size: int, symmetric: bool) -> float:
@@ -81,13 +89,14 @@ def _probe_int4_w16(format: str, dtype: torch.dtype, group_size: int, symmetric:
     return ((out - expected).norm() / expected.norm()).item()
 
 
-def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
+def _probe(kernel: ExpertKernel, layout: Int4Layout | None, tokens: int) -> float:
     """Return the larger relative error of the expert and the linear kernel."""
     generator = torch.Generator().manual_seed(0)
     hidden, inner = 256, 128
-    x = torch.randn(3, hidden, generator=generator).bfloat16()
-    ids = torch.tensor([[0, 1], [1, 0], [1, 0]], dtype=torch.int32)
-    weights = torch.rand(3, 2, generator=generator)
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16()
+    first = torch.randint(0, 2, (tokens, 1), generator=generator, dtype=torch.int32)
+    ids = torch.cat((first, 1 - first), dim=1)
+    weights = torch.rand(tokens, 2, generator=generator)
     w13, stored13 = _probe_weights(kernel, layout, 2 * inner, hidden, generator)
     w2, stored2 = _probe_weights(kernel, layout, hidden, inner, generator)
     linear = _pack(layout, [tensor[0].clone() for tensor in stored13])  # packing may be in place
@@ -95,8 +104,8 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
     block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
     tensors = [tensor for pair in packed for tensor in pair]
     out = cpu_ops.mixed_experts(x, weights, ids, None, tensors, [kernel], block)
-    expected = torch.zeros(3, hidden)
-    for token in range(3):
+    expected = torch.zeros(tokens, hidden)
+    for token in range(tokens):
         for choice, expert in enumerate(ids[token].tolist()):
             gate, up = (w13[expert] @ x[token].float()).chunk(2)
             act = torch.nn.functional.silu(gate) * up
@@ -112,6 +121,19 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None) -> float:
         out = cpu_ops.int4_linear(x, *linear)
     expected = x.float() @ w13[0].T
     return max(error, ((out.float() - expected).norm() / expected.norm()).item())
+
+
+def _is_turned_as_vllm_does() -> bool:
+    """Compare ``pack_plain`` with vLLM's own, byte by byte, of rows that fill no block, too."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        weight = torch.randn(2, 80, 96, generator=generator).to(dtype)
+        expected = torch.ops._C.convert_weight_packed(weight)
+        if not torch.equal(
+            cpu_ops.pack_plain(weight).view(torch.uint8), expected.view(torch.uint8)
+        ):
+            return False
+    return True
 
 
 def _is_blocked_as_vllm_does(layout: Int4Layout) -> bool:
