@@ -55,7 +55,9 @@ def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> No
         names.append("draft_stages")
     model = vllm_config.model_config
     if current_platform.is_cpu() and model is not None and model.use_mla:
-        names.append("cpu_rotary")
+        names += ["amx_latent_attention", "cpu_rotary"]
+    if current_platform.is_cpu():
+        names.append("numba_imported")
     if current_platform.is_cpu() and stages > 1:
         names.append("cpu_stages")
     if current_platform.is_cpu() and parallel.data_parallel_size > 1:
@@ -70,6 +72,7 @@ def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> No
 def patches() -> tuple[Patch, ...]:
     """Return every patch; imports vLLM's models."""
     from vllm_mixprec.patches import (
+        amx_latent_attention,
         cpu_data_parallel,
         cpu_rotary,
         cpu_stages,
@@ -79,6 +82,7 @@ def patches() -> tuple[Patch, ...]:
         indexer_types,
         indexer_wk,
         metrics_route,
+        numba_imported,
         reload_end,
         stat_logger_client,
         vocabulary,
@@ -86,6 +90,7 @@ def patches() -> tuple[Patch, ...]:
     )
 
     return (
+        amx_latent_attention.PATCH,
         cpu_data_parallel.PATCH,
         cpu_rotary.PATCH,
         cpu_stages.PATCH,
@@ -97,6 +102,7 @@ def patches() -> tuple[Patch, ...]:
         indexer_wk.CALLS,
         indexer_wk.FORMATS,
         metrics_route.PATCH,
+        numba_imported.PATCH,
         reload_end.PATCH,
         stat_logger_client.PATCH,
         vocabulary.PATCH,

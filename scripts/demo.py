@@ -269,8 +269,8 @@ def measure_server(server: Server, windows: list[list[int]]) -> list[float]:
 def measure_sources(environment: dict[str, str]) -> dict[str, list[float]]:
     """Return the same for each single-precision model, from the cache where it is still right.
 
-    BF16 is served by stock vLLM. Stock refuses the other two on a CPU, so they go through a plan
-    that takes all it can from one source.
+    BF16 is served by stock vLLM. Stock refuses the other two on a CPU without AMX, so they go
+    through a plan that takes all it can from one source.
     """
     cache = RUNS / "single_precision.json"
     key = _cache_key()

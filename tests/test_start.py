@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from tests.loading.indexers import FIXTURES
 from tests.loading.serving import make_plan, needs_cpu, read_base, write_base
 from vllm_mixprec import compose, start
 from vllm_mixprec.composition import PLAN_FILE
@@ -41,6 +43,17 @@ def test_own_draft_loads_through_the_plan(tmp_path: Path, caplog: pytest.LogCapt
     assert config.speculative_config.draft_load_config is None
     assert config.speculative_config.draft_model_config.quantization == METHOD
     assert SAID not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_latent_attention_has_a_backend_that_computes_in_its_dtype(
+    tmp_path: Path, dtype: str
+) -> None:
+    """With AMX vLLM takes one that knows bfloat16 only, whatever the dtype."""
+    latent = FIXTURES / "architectures" / "deepseek_v2"
+    compose(make_plan(latent / "bf16", {}, {}), tmp_path / "mixed")
+    chosen = engine_config(tmp_path / "mixed", dtype=dtype).attention_config.backend
+    assert chosen is (None if dtype == "bfloat16" else AttentionBackendEnum.CPU_MLA)
 
 
 def test_log_says_what_each_layer_is_served_from(

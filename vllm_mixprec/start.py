@@ -5,8 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from vllm.config import LoadConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.composition import plan_change
@@ -94,6 +97,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         )
     refuse_too_little_memory(vllm_config, report.bytes_per_rank)
     _prepare_draft(vllm_config.speculative_config, load_config, path)
+    _choose_attention(vllm_config)
     load_config.load_format = LOAD_FORMAT
     # The formats decide what is compiled, so they belong in the key of vLLM's compile cache.
     vllm_config.additional_config = {
@@ -150,6 +154,18 @@ def _prepare_draft(
             speculative.draft_load_config = None
     elif speculative.draft_load_config is None:
         speculative.draft_load_config = replace(load_config, load_format="auto")
+
+
+def _choose_attention(vllm_config: VllmConfig) -> None:
+    """Have latent attention on a CPU compute in other dtypes than bfloat16.
+
+    With AMX vLLM 0.32 (platforms/cpu.py) takes a backend for it that has no other.
+    """
+    model_config, chosen = vllm_config.model_config, vllm_config.attention_config
+    if not current_platform.is_cpu() or not model_config.use_mla or chosen.backend is not None:
+        return
+    if model_config.dtype != torch.bfloat16:
+        chosen.backend = AttentionBackendEnum.CPU_MLA
 
 
 def _refuse_changed_plan(plan: Plan, model_config: ModelConfig) -> None:

@@ -22,4 +22,5 @@ def run_older(job: dict, options: dict) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.cpu._is_avx512_bf16_supported = lambda: False
+    torch.cpu._is_amx_tile_supported = lambda: False
     run_jobs(run_older)

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.nn import Module, Parameter
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 
 from tests.quant.test_cpu_ops import relative_error
 from vllm_mixprec.checkpoint import Scheme
 from vllm_mixprec.quant import cpu_linear, cpu_ops, int4_blocks
 from vllm_mixprec.quant.int4_blocks import Int4Layout
-from vllm_mixprec.routing.kernels import detect_platform
+from vllm_mixprec.routing.platform import detect_platform
 
 pytestmark = pytest.mark.skipif(
     detect_platform().name != "cpu-avx512", reason="needs AVX512_BF16 and AVX512_VNNI"
@@ -55,6 +56,24 @@ def test_every_row_has_its_scale(n: int, k: int, tokens: int) -> None:
     assert relative_error(apply(x, bias), expected + bias.float()) < BOUND
     assert relative_error(apply(x), x.float() @ weight.roll(1, 0).T) > 10 * BOUND
     assert relative_error(served(codes, scale / 2)(x), expected) > 10 * BOUND
+
+
+def test_latent_attention_is_given_the_weights_of_its_projection() -> None:
+    """With AMX it would take packed FP8 that has a block for what a checkpoint holds."""
+    block, generator = (128, 128), torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 128, generator=generator) / 8
+    scale = weight.view(2, 128, 1, 128).abs().amax((1, 3)) / 448
+    codes = (weight / scale.repeat_interleave(128, 0)).to(torch.float8_e4m3fn)
+    layer = Module()
+    layer.quant_method = cpu_linear.CpuFp8LinearMethod(Scheme("fp8_block", 8, block=block))
+    layer.weight = Parameter(codes.clone(), requires_grad=False)
+    layer.weight_scale_inv = Parameter(scale.clone(), requires_grad=False)
+    layer.weight_block_size, layer.input_size_per_partition = list(block), 128
+    layer._cpu_skip_gemm_dispatch = True
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.weight_block_size is None
+    found = get_and_maybe_dequant_weights(layer, torch.bfloat16)
+    assert relative_error(found, codes.float() * scale.repeat_interleave(128, 0)) < BOUND
 
 
 def test_scaling_what_comes_out_loses_no_more_than_a_widened_weight() -> None:

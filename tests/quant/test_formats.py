@@ -29,7 +29,8 @@ from vllm_mixprec.checkpoint.formats import FORMATS
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.quant.methods import linear_method
 from vllm_mixprec.routing import Platform, RouteTable, missing_kernel
-from vllm_mixprec.routing.kernels import detect_platform, kernels_for
+from vllm_mixprec.routing.kernels import kernels_for
+from vllm_mixprec.routing.platform import detect_platform
 
 pytestmark = [
     needs_cpu,
@@ -157,6 +158,7 @@ def test_layouts_for_cuda_are_what_vllms_own_methods_read(served: Served, case: 
         tensors = relayout(route.stored, scheme, tensors)
     named = served.model.get_submodule(name)
     layer = torch.nn.Module()
+    layer.register_parameter("bias", None)  # as vLLM's linears do
     with set_current_vllm_config(served.config):
         kernel = kernels_for(cuda, scheme.format, "linear")[0].name
         method = linear_method(scheme, kernel, named, name)

@@ -27,6 +27,26 @@ PATCHING: tuple[Coupling, ...] = (
         ("model", "model_config"),
     ),
     Coupling(
+        "vllm.model_executor.model_loader.reload.layerwise:_copy_and_restore_kernel_tensors",
+        "puts what a reload brought into the kernel's tensors, and is wrapped "
+        "(amx_latent_attention)",
+        ("layer", "info"),
+        family="cpu",
+    ),
+    Coupling(
+        "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo",
+        "holds the kernel's tensors of a layer that is reloaded (amx_latent_attention)",
+        members=("kernel_tensors",),
+        family="cpu",
+    ),
+    Coupling(
+        "vllm.model_executor.layers.attention.mla_attention:MLAAttention",
+        "packs kv_b_proj, marked _cpu_skip_gemm_dispatch, with AMX in a method that is wrapped "
+        "(amx_latent_attention); asks apply() for weights that are no FP8 with a weight_block_size",
+        members=("is_amx_bmm_enabled", "kv_b_proj", "process_weights_after_loading"),
+        family="cpu",
+    ),
+    Coupling(
         "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding",
         "rotates on a CPU through forward_cpu, which is replaced (cpu_rotary)",
         members=("forward_cpu", "forward_native"),

@@ -47,11 +47,18 @@ STARTUP: tuple[Coupling, ...] = (
         "carries the parallel layout, the load format and the compile cache's key",
         members=(
             "additional_config",
+            "attention_config",
             "load_config",
             "model_config",
             "parallel_config",
             "quant_config",
         ),
+    ),
+    Coupling(
+        "vllm.v1.attention.backends.registry:AttentionBackendEnum",
+        "names the attention that a config may choose, of which one runs latent attention on a CPU "
+        "in any dtype",
+        members=("CPU_MLA",),
     ),
     Coupling(
         "vllm.config:ModelConfig",

@@ -95,6 +95,11 @@ class CpuFp8LinearMethod(_CpuLinearMethod):
         scale = clear_zero_tiles(weight, scale, self.scheme.block)
         stored = ("weight", "weight_scale_inv")
         self._finish(layer, stored, weight=pack_plain(weight), weight_scale_inv=scale)
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):
+            # MLA's kv_b_proj, whose weights attention multiplies by itself. With AMX it takes FP8
+            # for a checkpoint's and quantises it anew, unless there is no block: then it has
+            # apply() dequantise them.
+            layer.weight_block_size = None
 
     def _matmul(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
         return fp8_linear(x, layer.weight, layer.weight_scale_inv, list(self.scheme.block))
