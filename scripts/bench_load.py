@@ -332,9 +332,9 @@ def main() -> None:
     }
     for what, (_, outcome) in tried.items():
         print(f"Stock vLLM, {what}: {outcome}", flush=True)
-    for name in ("FP8", "int4"):
-        if tried[f"the {name} checkpoint"][0]:
-            served[f"{_ITSELF}{name}"] = paths[name.lower()]
+    for quantised in ("FP8", "int4"):
+        if tried[f"the {quantised} checkpoint"][0]:
+            served[f"{_ITSELF}{quantised}"] = paths[quantised.lower()]
     file = options.json or ROOT / "runs" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     rounds, loads = [], []

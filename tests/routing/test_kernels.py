@@ -4,8 +4,7 @@ from dataclasses import replace
 import pytest
 
 from vllm_mixprec.checkpoint.formats import FORMATS, Scheme
-from vllm_mixprec.errors import UnsupportedError
-from vllm_mixprec.routing import Platform, detect_platform, missing_kernel
+from vllm_mixprec.routing import Platform, missing_kernel
 from vllm_mixprec.routing import platform as platforms
 from vllm_mixprec.routing.kernels import kernels_for
 from vllm_mixprec.routing.platform import INT4_W16
@@ -199,23 +198,6 @@ def test_int4_kernel_of_a_cpu_by_its_flags(
     if kernel is None:
         found = missing_kernel(platform, INT4, "linear", (512, 1024))
         assert found is not None and "AVX512F, which this one lacks" in found
-
-
-def test_environment_overrides_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_MIXPREC_PLATFORM", "cuda-80")
-    platform = detect_platform()
-    assert (platform.name, platform.family, platform.compute_capability) == ("cuda-80", "cuda", 80)
-
-
-def test_unknown_platform_in_the_environment_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_MIXPREC_PLATFORM", "tpu")
-    with pytest.raises(UnsupportedError, match="VLLM_MIXPREC_PLATFORM is 'tpu'; expected cpu-avx"):
-        detect_platform()
-
-
-def test_this_machine_is_detected_as_one_of_the_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_MIXPREC_PLATFORM", raising=False)
-    assert detect_platform().family in ("cpu-avx512", "cpu-other", "cuda", "other")
 
 
 def test_groups_that_the_cpu_kernel_gets_wrong_have_a_finer_layout() -> None:
