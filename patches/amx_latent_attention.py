@@ -4,10 +4,12 @@
 ``MLAAttention.process_weights_after_loading`` (layers/attention/mla_attention.py, vLLM 0.32) puts
 an empty ``weight`` in ``kv_b_proj`` once ``AMXMLAImpl`` has packed a copy of its own. A reload
 (model_loader/reload/layerwise.py) then copies what it loaded into that, or looks for a ``weight``
-that int4 never had. Quantised tensors that are not called ``weight`` stay beside the copy.
+that int4 never had, as 0.33 does at the first load. Quantised tensors of other names stay beside
+the copy.
 """
 
 import inspect
+from collections.abc import Iterable
 
 import torch
 from torch.nn import Module, Parameter
@@ -25,36 +27,35 @@ def _process_weights_after_loading(self: MLAAttention, act_dtype: torch.dtype) -
     if not self.is_amx_bmm_enabled:
         _PROCESS(self, act_dtype)
         return
-    if _is_taken(self.kv_b_proj):
+    weights = _weights(self.kv_b_proj.named_parameters(recurse=False))
+    if _are_empty(weights):
         return  # a reload that brought nothing for it
-    _PROCESS(self, act_dtype)
-    for name, tensor in list(self.kv_b_proj.named_parameters(recurse=False)):
-        if name != "bias":
-            nothing = torch.empty(0, dtype=tensor.dtype)
-            self.kv_b_proj.register_parameter(name, Parameter(nothing, requires_grad=False))
+    self.impl.process_weights_after_loading(act_dtype)
+    for name, tensor in weights.items():
+        nothing = torch.empty(0, dtype=tensor.dtype)
+        self.kv_b_proj.register_parameter(name, Parameter(nothing, requires_grad=False))
 
 
 def _copy_and_restore(layer: Module, info: LayerReloadingInfo) -> None:
     parameters, _ = info.kernel_tensors
-    weight = parameters.get("weight")
-    if getattr(layer, "_cpu_skip_gemm_dispatch", False) and weight is not None:
-        if not weight.numel():
-            return  # what came stays until its attention, which is finished last, takes it
+    weights = _weights(parameters.items())
+    if getattr(layer, "_cpu_skip_gemm_dispatch", False) and _are_empty(weights):
+        return  # what came stays until its attention, which is finished last, takes it
     _RESTORE(layer, info)
 
 
-def _is_taken(kv_b_proj: Module) -> bool:
-    """Whether attention has its copy, and nothing was loaded since."""
-    return not any(
-        tensor.numel()
-        for name, tensor in kv_b_proj.named_parameters(recurse=False)
-        if name != "bias"
-    )
+def _weights(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return what attention takes of ``kv_b_proj``."""
+    return {name: tensor for name, tensor in parameters if name != "bias"}
+
+
+def _are_empty(weights: dict[str, torch.Tensor]) -> bool:
+    return bool(weights) and not any(tensor.numel() for tensor in weights.values())
 
 
 def needed() -> bool:
     """Whether attention leaves an empty weight, which the reload would copy into."""
-    return "torch.empty(0)" in inspect.getsource(_PROCESS)
+    return "empty(0)" in inspect.getsource(_PROCESS)
 
 
 def apply() -> None:
