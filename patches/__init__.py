@@ -73,6 +73,7 @@ def patches() -> tuple[Patch, ...]:
     """Return every patch; imports vLLM's models."""
     from vllm_mixprec.patches import (
         amx_latent_attention,
+        amx_permission,
         cpu_data_parallel,
         cpu_rotary,
         cpu_stages,
@@ -91,6 +92,7 @@ def patches() -> tuple[Patch, ...]:
 
     return (
         amx_latent_attention.PATCH,
+        amx_permission.PATCH,
         cpu_data_parallel.PATCH,
         cpu_rotary.PATCH,
         cpu_stages.PATCH,

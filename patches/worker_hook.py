@@ -9,12 +9,13 @@ traces them and before CUDA graphs are captured.
 
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from vllm_mixprec.patches import Patch
+from vllm_mixprec.patches import Patch, amx_permission
 
 _STOCK = WorkerWrapperBase.init_device
 
 
 def _init_device(self: WorkerWrapperBase) -> None:
+    amx_permission.apply()
     _STOCK(self)
     from vllm_mixprec.experts.worker import watch
 
