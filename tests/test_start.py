@@ -2,6 +2,7 @@
 """What a start leaves in a mixed model's ``VllmConfig``; tests/engine starts engines."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from tests.loading.serving import make_plan, needs_cpu, read_base, write_base
 from vllm_mixprec import compose, start
 from vllm_mixprec.composition import PLAN_FILE
 from vllm_mixprec.errors import PlanError
+from vllm_mixprec.plan import Plan
+from vllm_mixprec.plan.plan import Options
 from vllm_mixprec.quant.config import LOAD_FORMAT, METHOD, layout_of
-from vllm_mixprec.routing import Layout
+from vllm_mixprec.routing import Layout, platform
 
 pytestmark = needs_cpu
 
@@ -31,18 +34,26 @@ def engine_config(folder: Path, **options: Any) -> VllmConfig:
     ).create_engine_config()
 
 
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is warned of; vLLM's logger passes nothing on once vLLM has set it up."""
+    lines: list[str] = []
+    monkeypatch.setattr(start.logger, "warning", lambda text, *args: lines.append(text % args))
+    return lines
+
+
 def draft(folder: Path, **options: Any) -> VllmConfig:
     compose(make_plan(write_base(folder / "base"), {}, {}), folder / "mixed")
     speculative = {"method": "mtp", "num_speculative_tokens": 1, **options}
     return engine_config(folder / "mixed", speculative_config=speculative)
 
 
-def test_own_draft_loads_through_the_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_own_draft_loads_through_the_plan(tmp_path: Path, warnings: list[str]) -> None:
     config = draft(tmp_path)
     assert config.load_config.load_format == LOAD_FORMAT
     assert config.speculative_config.draft_load_config is None
     assert config.speculative_config.draft_model_config.quantization == METHOD
-    assert SAID not in caplog.text
+    assert not any(SAID in line for line in warnings)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
@@ -67,11 +78,23 @@ def test_log_says_what_each_layer_is_served_from(
 
 
 def test_load_config_beside_an_own_draft_is_dropped_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, warnings: list[str]
 ) -> None:
     config = draft(tmp_path, draft_load_config={"load_format": "dummy"})
     assert config.speculative_config.draft_load_config is None
-    assert [r.levelname for r in caplog.records if SAID in r.getMessage()] == ["WARNING"]
+    assert sum(SAID in line for line in warnings) == 1
+
+
+def test_compiled_code_is_kept_apart_by_the_features_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an older one the kernels are others, and a directory of compiled code may be shared."""
+    compose(make_plan(write_base(tmp_path / "base"), {}, {}), tmp_path / "mixed")
+    keys = []
+    for flags in ({"avx2"}, {"avx2", "avx512f", "amx_tile"}, {"avx2", "sse"}):
+        monkeypatch.setattr(platform, "_cpu_flags", lambda flags=flags: frozenset(flags))
+        keys.append(engine_config(tmp_path / "mixed").compute_hash())
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_replicas_share_experts_in_the_layout_that_is_checked(tmp_path: Path) -> None:
@@ -124,24 +147,41 @@ def test_experts_in_another_order_are_refused(tmp_path: Path) -> None:
         engine_config(tmp_path / "mixed")
 
 
-def test_weights_of_another_model_are_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    base = write_base(tmp_path / "base")
-    other = Path(shutil.copytree(base, tmp_path / "other"))
+def replace_attention(folder: Path, values: Callable[[torch.Tensor], torch.Tensor]) -> Plan:
+    """Plan a base with ``o_proj`` from a copy of it that holds other values there."""
+    base = write_base(folder / "base")
+    other = Path(shutil.copytree(base, folder / "other"))
     tensors = read_base(base)
     for name, tensor in tensors.items():
         if ".self_attn.o_proj." in name:
-            tensors[name] = torch.randn_like(tensor.float()).to(tensor.dtype)
+            tensors[name] = values(tensor.float()).to(tensor.dtype)
     save_file(tensors, other / "model.safetensors")
-    rules = {"model.layers.*.self_attn.o_proj": "other"}
-    compose(make_plan(base, {"other": other}, rules), tmp_path / "mixed")
+    return make_plan(base, {"other": other}, {"model.layers.*.self_attn.o_proj": "other"})
+
+
+def test_weights_of_another_model_are_warned_of(tmp_path: Path, warnings: list[str]) -> None:
+    compose(replace_attention(tmp_path, torch.randn_like), tmp_path / "mixed")
     threads = torch.get_num_threads()
     engine_config(tmp_path / "mixed")
     assert torch.get_num_threads() == threads
-    [record] = [each for each in caplog.records if "differs from base" in each.getMessage()]
-    assert record.levelname == "WARNING"
-    assert record.getMessage().endswith("looked at: see check --deep.")
+    [line] = [line for line in warnings if "differs from base" in line]
+    assert line.endswith("looked at: see check --deep.")
+
+
+def test_weights_of_another_model_are_refused_where_the_plan_says_so(tmp_path: Path) -> None:
+    plan = replace_attention(tmp_path, torch.randn_like)
+    strict = Options(weights_differ="error")
+    compose(plan.model_copy(update={"options": strict}), tmp_path / "mixed")
+    with pytest.raises(
+        PlanError, match=r"o_proj: source 'other': differs .*weights_differ to warn"
+    ):
+        engine_config(tmp_path / "mixed")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    compose(replace_attention(tmp_path, lambda weight: weight.log()), tmp_path / "mixed")
+    with pytest.raises(PlanError, match=r"o_proj: source 'other': holds NaN or infinite weights"):
+        engine_config(tmp_path / "mixed")
 
 
 def test_a_composed_plan_that_was_changed_is_refused(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import Finding, RouteTable
 from vllm_mixprec.routing.check import examine
 from vllm_mixprec.routing.parts import spell_layers
-from vllm_mixprec.routing.sampling import NEVER_MEANT, compare_samples
+from vllm_mixprec.routing.platform import dispatched_flags
+from vllm_mixprec.routing.sampling import MAY_BE_MEANT, compare_samples
 from vllm_mixprec.routing.sources import config_differences
 
 logger = init_logger("vllm.mixprec")
@@ -99,10 +100,12 @@ def prepare(vllm_config: VllmConfig) -> None:
     _prepare_draft(vllm_config.speculative_config, load_config, path)
     _choose_attention(vllm_config)
     load_config.load_format = LOAD_FORMAT
-    # The formats decide what is compiled, so they belong in the key of vLLM's compile cache.
+    # The formats decide what is compiled, so they belong in the key of vLLM's compile cache; so
+    # does the CPU, since machines may share the cache's directory and vLLM's key has only the GPU.
     vllm_config.additional_config = {
         **(vllm_config.additional_config or {}),
         "mixprec_routes_sha256": report.table.fingerprint,
+        "mixprec_cpu_flags": dispatched_flags(),
     }
 
 
@@ -186,15 +189,20 @@ def _refuse_errors(path: Path, findings: Iterable[Finding]) -> None:
 def _compare_samples(
     path: Path, table: RouteTable, checkpoints: Mapping[str, Checkpoint]
 ) -> list[Finding]:
-    """Refuse what no operator can mean; warn of what else a few weights tell.
+    """Refuse what a few weights tell is wrong; warn of what may be meant, as fine-tuned experts.
 
-    Refused are folded factors that nothing takes back, files of other models and modules in
-    another order; fine-tuned experts, say, are not.
+    Where ``options.weights_differ`` is ``error``, that is refused, too.
     """
-    found = compare_samples(table, checkpoints)
-    _refuse_errors(path, (finding for finding in found if finding.code in NEVER_MEANT))
+    may_differ = table.plan.options.weights_differ == "warn"
     said = "One weight of its kind was looked at: see check --deep."
-    return [replace(each, level="warning", message=f"{each.message} {said}") for each in found]
+    if not may_differ:
+        said += " Set options.weights_differ to warn if such weights are meant."
+    found = [
+        replace(each, message=f"{each.message} {said}")
+        for each in compare_samples(table, checkpoints)
+    ]
+    _refuse_errors(path, (each for each in found if not (may_differ and each.code == MAY_BE_MEANT)))
+    return [replace(each, level="warning") for each in found]
 
 
 def _refuse_unfit_vllm() -> None:

@@ -106,6 +106,11 @@ def test_sha256_ignores_layout_and_follows_content(tmp_path: Path) -> None:
     for old, new in [("{0-7,12}", "{0-7}"), ("widen", "error"), ("base: bf16", "base: fp8")]:
         changed = Plan.from_yaml(write(tmp_path, CONTRACT.replace(old, new)))
         assert changed.sha256 != digest
+    for value in ("warn", "error"):  # which the contract leaves out
+        plan = Plan.from_yaml(write(tmp_path, f"{CONTRACT}  weights_differ: {value}\n"))
+        assert (plan.sha256 == digest) == (value == "warn")
+        again = Plan.from_yaml(write(tmp_path, plan.to_yaml()))
+        assert again.options == plan.options
     rules = CONTRACT.splitlines(keepends=True)
     rules[7], rules[8] = rules[8], rules[7]
     assert Plan.from_yaml(write(tmp_path, "".join(rules))).sha256 != digest

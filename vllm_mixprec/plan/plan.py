@@ -48,6 +48,7 @@ class Options(_Schema):
 
     mixed_fused: Literal["widen", "error"] = "widen"
     missing_kernel: Literal["dequantize", "error"] = "dequantize"
+    weights_differ: Literal["warn", "error"] = "warn"
 
 
 class Rule(_Schema):
@@ -146,7 +147,10 @@ class Plan(_Schema):
         return text
 
     def _content(self) -> dict[str, Any]:
-        return self.model_dump(exclude_none=True)
+        content = self.model_dump(exclude_none=True)
+        if self.options.weights_differ == "warn":  # plans had no such option when they were hashed
+            del content["options"]["weights_differ"]
+        return content
 
 
 def _build(

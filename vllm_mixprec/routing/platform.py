@@ -23,6 +23,8 @@ _CPU_FLAGS = frozenset({"avx512f", "avx512_bf16", "avx512_vnni"})
 # _C_AVX2 has no such operator).
 _AVX512_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 
+_DISPATCHED_FLAGS = _CPU_FLAGS | _AVX512_FLAGS | {"avx2", "amx_tile", "amx_bf16", "amx_int8"}
+
 INT4_W16 = "cpu_gemm_wna16"
 """Name of the kernel for int4 linears that needs AVX512F only."""
 
@@ -88,6 +90,14 @@ def _detect() -> Platform:
         return platform
     why = "vLLM has it for x86 CPUs with AVX512F, which this one lacks"
     return platform.without({("gptq", INT4_W16): why, ("awq", INT4_W16): why})
+
+
+def dispatched_flags() -> tuple[str, ...]:
+    """Return those of this CPU's features by which vLLM chooses kernels while it loads and traces.
+
+    Two machines of one :class:`Platform` may differ in them (AMX).
+    """
+    return tuple(sorted(_cpu_flags() & _DISPATCHED_FLAGS))
 
 
 def _cpu_flags() -> frozenset[str]:

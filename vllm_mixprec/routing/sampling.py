@@ -11,11 +11,11 @@ import torch
 from vllm_mixprec.checkpoint.index import Checkpoint
 from vllm_mixprec.routing.deep import examine
 from vllm_mixprec.routing.findings import Finding, FindingLog, generalise
-from vllm_mixprec.routing.strangers import MISPLACED, report_strangers
+from vllm_mixprec.routing.strangers import report_strangers
 from vllm_mixprec.routing.table import RouteTable
 
-NEVER_MEANT = ("weights-rescaled", MISPLACED)
-"""Codes of findings that no operator can mean; others may be fine-tuned weights."""
+MAY_BE_MEANT = "weights-differ"
+"""Code of the only findings that an operator may mean, as the weights may be fine-tuned ones."""
 
 _MOST_WEIGHTS = 1 << 27  # some three seconds of reading and dequantising; those folded take longer
 
