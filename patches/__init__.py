@@ -57,7 +57,7 @@ def apply_patches(vllm_config: "VllmConfig", architectures: Iterable[str]) -> No
     if current_platform.is_cpu() and model is not None and model.use_mla:
         names += ["amx_latent_attention", "cpu_rotary"]
     if current_platform.is_cpu():
-        names.append("numba_imported")
+        names += ["numba_imported", "tied_head"]
     if current_platform.is_cpu() and stages > 1:
         names.append("cpu_stages")
     if current_platform.is_cpu() and parallel.data_parallel_size > 1:
@@ -86,6 +86,7 @@ def patches() -> tuple[Patch, ...]:
         numba_imported,
         reload_end,
         stat_logger_client,
+        tied_head,
         vocabulary,
         worker_hook,
     )
@@ -107,6 +108,7 @@ def patches() -> tuple[Patch, ...]:
         numba_imported.PATCH,
         reload_end.PATCH,
         stat_logger_client.PATCH,
+        tied_head.PATCH,
         vocabulary.PATCH,
         worker_hook.PATCH,
     )

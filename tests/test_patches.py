@@ -2,6 +2,8 @@
 """Every patch says whether this vLLM needs it, and does what it says; vLLM is left as it was."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from vllm_mixprec import compose
 from vllm_mixprec.cli import main
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.patches import (
+    amx_permission,
     apply_patches,
     cpu_rotary,
     cpu_stages,
@@ -359,3 +362,38 @@ def test_draft_under_stages_gets_both_patches(tmp_path: Path) -> None:
     apply_patches(config, ["GlmMoeDsaForCausalLM"])
     assert isinstance(GPUModelRunner.drafter, EagleProposer)
     assert getattr(CPUModelRunner, SYNC) is not cpu_stages._STOCK
+
+
+# AMX.
+
+# A process tells with arch_prctl(ARCH_GET_XCOMP_PERM) what it may use, of which bit 18 are tiles.
+ASK = """
+import ctypes, torch
+from vllm_mixprec.patches import amx_permission
+allowed = ctypes.c_uint64()
+def ask():
+    assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(allowed)) == 0
+    return allowed.value >> 18 & 1
+before = ask()
+amx_permission.PATCH.apply()
+amx_permission.PATCH.apply()
+print(before, ask())
+"""
+
+
+@pytest.mark.skipif(not amx_permission.PATCH.needed(), reason="this CPU has no AMX")
+def test_a_process_asks_for_amx() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.split()[-2:] == ["0", "1"]
+
+
+def test_refused_amx_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(amx_permission.logger, "warning", said.append)
+    monkeypatch.setattr(amx_permission, "needed", lambda: True)
+    for is_given in (True, False):
+        monkeypatch.setattr(torch.cpu, "_init_amx", lambda is_given=is_given: is_given)
+        amx_permission.PATCH.apply()
+    assert [line.partition(",")[0] for line in said] == ["the CPU has AMX"]

@@ -79,6 +79,12 @@ async def read_while_it_works() -> dict[str, list]:
         async for _ in llm.generate({"prompt_token_ids": [1, 2, 3]}, parameters, name):
             arrived.append(1)
 
+    async def arrive(count: int) -> None:
+        while len(arrived) < count:
+            if running.done():  # its engine died of something else
+                await running
+            await asyncio.sleep(0.01)
+
     ends = {}
 
     async def read(name: str) -> None:
@@ -91,8 +97,7 @@ async def read_while_it_works() -> dict[str, list]:
         ends[name] = [end, time.monotonic() - begun]
 
     running = asyncio.create_task(generate("first"))
-    while len(arrived) < 20:
-        await asyncio.sleep(0.01)
+    await arrive(20)
     await asyncio.gather(read("working"), read("routes"))
     await llm.pause_generation(mode="keep", clear_cache=False)  # or it is computed again
     before = len(arrived)
@@ -102,8 +107,7 @@ async def read_while_it_works() -> dict[str, list]:
     await running
     await read("at rest")
     running = asyncio.create_task(generate("second"))
-    while len(arrived) < 220:
-        await asyncio.sleep(0.01)
+    await arrive(220)
     worker.send_signal(signal.SIGSTOP)
     waiting = asyncio.create_task(read("worker dies"))
     await asyncio.sleep(0.2)

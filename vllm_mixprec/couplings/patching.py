@@ -34,9 +34,16 @@ PATCHING: tuple[Coupling, ...] = (
         family="cpu",
     ),
     Coupling(
+        "vllm.model_executor.model_loader.reload.layerwise:_place_kernel_tensors",
+        "puts a layer back as it was that a reload brought nothing for, and is wrapped (tied_head)",
+        ("layer", "info"),
+        family="cpu",
+    ),
+    Coupling(
         "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo",
-        "holds the kernel's tensors of a layer that is reloaded (amx_latent_attention)",
-        members=("kernel_tensors",),
+        "holds the kernel's tensors of a layer that is reloaded (amx_latent_attention), and how "
+        "much came for it (tied_head)",
+        members=("kernel_tensors", "load_numel"),
         family="cpu",
     ),
     Coupling(
