@@ -10,7 +10,10 @@ of the weights before.
 import inspect
 
 from torch.nn import Module
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.platforms import current_platform
@@ -22,8 +25,10 @@ _STOCK = layerwise._place_kernel_tensors
 
 def _place_kernel_tensors(layer: Module, info: LayerReloadingInfo) -> None:
     _STOCK(layer, info)
-    # At the reload's end, where the embeddings, which come before the head, are in place.
-    if isinstance(layer, ParallelLMHead) and info.load_numel <= 0:
+    # At the reload's end, where the embeddings, which come before the head, are in place. Other
+    # methods could not process a second time what they have processed.
+    is_plain = isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod)
+    if isinstance(layer, ParallelLMHead) and is_plain and info.load_numel <= 0:
         layer.quant_method.process_weights_after_loading(layer)
 
 

@@ -37,6 +37,7 @@ from vllm_mixprec.patches import (
     indexer_wk,
     patches,
     reload_end,
+    tied_head,
 )
 from vllm_mixprec.quant.config import MixPrecConfig
 
@@ -52,6 +53,7 @@ def stock_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RotaryEmbedding, "forward_cpu", cpu_rotary._STOCK)
     monkeypatch.setattr(CPUModelRunner, SYNC, cpu_stages._STOCK)
     monkeypatch.setattr(layerwise, "finalize_layerwise_processing", reload_end._STOCK)
+    monkeypatch.setattr(layerwise, "_place_kernel_tensors", tied_head._STOCK)
     monkeypatch.setattr(GPUModelRunner, "drafter", None, raising=False)
     monkeypatch.delattr(GPUModelRunner, "drafter")
 
@@ -377,7 +379,7 @@ def ask():
 before = ask()
 amx_permission.PATCH.apply()
 amx_permission.PATCH.apply()
-print(before, ask())
+print(before, ask(), torch.cpu._init_amx())
 """
 
 
@@ -386,7 +388,10 @@ def test_a_process_asks_for_amx() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ASK], capture_output=True, text=True, check=True, timeout=300
     )
-    assert done.stdout.split()[-2:] == ["0", "1"]
+    before, after, is_given = done.stdout.split()[-3:]
+    if is_given == "False":
+        pytest.skip("Linux refuses AMX to processes here")
+    assert (before, after) == ("0", "1")
 
 
 def test_refused_amx_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a start leaves in a mixed model's ``VllmConfig``; tests/engine starts engines."""
 
+import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from vllm.config import VllmConfig
+from safetensors.torch import load_file, save_file
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -17,11 +19,12 @@ from tests.loading.indexers import FIXTURES
 from tests.loading.serving import make_plan, needs_cpu, read_base, write_base
 from vllm_mixprec import compose, start
 from vllm_mixprec.composition import PLAN_FILE
-from vllm_mixprec.errors import PlanError
+from vllm_mixprec.errors import CheckpointError, PlanError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.plan.plan import Options
 from vllm_mixprec.quant.config import LOAD_FORMAT, METHOD, layout_of
-from vllm_mixprec.routing import Layout, platform
+from vllm_mixprec.routing import Layout
+from vllm_mixprec.serving.model_info import describe_model
 
 pytestmark = needs_cpu
 
@@ -91,8 +94,8 @@ def test_compiled_code_is_kept_apart_by_the_features_of_the_cpu(
     """Of an older one the kernels are others, and a directory of compiled code may be shared."""
     compose(make_plan(write_base(tmp_path / "base"), {}, {}), tmp_path / "mixed")
     keys = []
-    for flags in ({"avx2"}, {"avx2", "avx512f", "amx_tile"}, {"avx2", "sse"}):
-        monkeypatch.setattr(platform, "_cpu_flags", lambda flags=flags: frozenset(flags))
+    for flags in (("avx2",), ("amx_tile", "avx2"), ("avx2",)):
+        monkeypatch.setattr(start, "dispatched_flags", lambda flags=flags: flags)
         keys.append(engine_config(tmp_path / "mixed").compute_hash())
     assert keys[0] == keys[2] != keys[1]
 
@@ -173,7 +176,7 @@ def test_weights_of_another_model_are_refused_where_the_plan_says_so(tmp_path: P
     strict = Options(weights_differ="error")
     compose(plan.model_copy(update={"options": strict}), tmp_path / "mixed")
     with pytest.raises(
-        PlanError, match=r"o_proj: source 'other': differs .*weights_differ to warn"
+        PlanError, match=r"o_proj: source 'other': differs .*weights_differ to warn, and"
     ):
         engine_config(tmp_path / "mixed")
 
@@ -181,6 +184,30 @@ def test_weights_of_another_model_are_refused_where_the_plan_says_so(tmp_path: P
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     compose(replace_attention(tmp_path, lambda weight: weight.log()), tmp_path / "mixed")
     with pytest.raises(PlanError, match=r"o_proj: source 'other': holds NaN or infinite weights"):
+        engine_config(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_broken_scales_are_refused_and_empty_ones_warned_of(
+    tmp_path: Path, warnings: list[str], factor: float
+) -> None:
+    latent = FIXTURES / "architectures" / "deepseek_v2"
+    other = Path(shutil.copytree(latent / "fp8", tmp_path / "other"))
+    for file in other.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if name.endswith(".o_proj.weight_scale_inv"):
+                tensor.view(-1)[0] *= factor
+        save_file(tensors, file)
+    plan = make_plan(
+        latent / "bf16", {"other": other}, {"model.layers.*.self_attn.o_proj": "other"}
+    )
+    compose(plan, tmp_path / "mixed")
+    if factor == 0.0:
+        engine_config(tmp_path / "mixed")
+        assert any("o_proj.weight_scale_inv: " in line and "are zero" in line for line in warnings)
+        return
+    with pytest.raises(PlanError, match=r"o_proj\.weight_scale_inv: .* NaN or infinite scales"):
         engine_config(tmp_path / "mixed")
 
 
@@ -193,3 +220,87 @@ def test_a_composed_plan_that_was_changed_is_refused(tmp_path: Path) -> None:
     file.write_text(text.replace("mixed_fused: widen", "mixed_fused: error"))
     with pytest.raises(PlanError, match=r"it was edited or cut short\. Compose the directory"):
         engine_config(tmp_path / "mixed")
+
+
+# The config that is served, beside the base's.
+
+FOLDERS = sorted(FIXTURES.glob("architectures/*/bf16")) + sorted(FIXTURES.glob("*/bf16"))
+
+
+@pytest.mark.parametrize("base", FOLDERS, ids=lambda folder: folder.parent.name)
+def test_a_config_as_it_was_is_not_warned_of(
+    tmp_path: Path, warnings: list[str], base: Path
+) -> None:
+    compose(make_plan(base, {}, {}), tmp_path / "mixed")
+    engine_config(tmp_path / "mixed", trust_remote_code=True)  # DeepSeek v1's config is code
+    assert not [line for line in warnings if "computes otherwise" in line]
+
+
+def test_a_config_that_computes_otherwise_is_warned_of(tmp_path: Path, warnings: list[str]) -> None:
+    compose(make_plan(write_base(tmp_path / "base"), {}, {}), tmp_path / "mixed")
+    file = tmp_path / "mixed" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    engine_config(tmp_path / "mixed")
+    [line] = [line for line in warnings if "computes otherwise" in line]
+    assert f"rms_norm_eps is 0.25, not {config['rms_norm_eps']}" in line
+
+
+def test_a_plan_over_another_directory_than_is_served_is_warned_of(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    base = write_base(tmp_path / "base")
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(make_plan(base, {}, {}).to_yaml())
+    overrides = {"mixprec_plan": str(plan)}
+    for folder, count in ((base, 0), (other, 1)):
+        engine_config(folder, quantization="mixprec", hf_overrides=overrides)
+        assert len([line for line in warnings if "gives config and tokenizer" in line]) == count
+
+
+# Between the check in the front end and the load in a worker.
+
+
+def resolve_as_worker(config: VllmConfig) -> None:
+    with set_current_vllm_config(pickle.loads(pickle.dumps(config))):
+        assert get_current_vllm_config().quant_config.table.routes
+
+
+def test_a_worker_resolves_what_was_checked(tmp_path: Path) -> None:
+    config = draft(tmp_path)
+    resolve_as_worker(config)
+
+
+def test_a_plan_that_is_edited_before_the_workers_read_it_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    sources = {"other": Path(shutil.copytree(base, tmp_path / "other"))}
+    compose(make_plan(base, sources, {"model.layers.0.**": "other"}), tmp_path / "mixed")
+    config = engine_config(tmp_path / "mixed")
+    resolve_as_worker(config)
+    file = tmp_path / "mixed" / PLAN_FILE
+    file.write_text(file.read_text().replace("layers.0", "layers.1"))
+    with pytest.raises(PlanError, match=r"what source 'base' gives is not what was checked at the"):
+        resolve_as_worker(config)
+    with pytest.raises(PlanError, match="is not what was checked"):
+        describe_model(config)
+
+
+def test_a_shard_that_is_written_to_before_the_workers_read_it_is_refused(tmp_path: Path) -> None:
+    config = draft(tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    shutil.copy(file, tmp_path / "again")
+    (tmp_path / "again").replace(file)
+    describe_model(config)  # served is what was loaded, whose layout this has, too
+    with pytest.raises(CheckpointError, match="was replaced by another file"):
+        resolve_as_worker(config)
+
+
+def test_files_of_workers_on_other_machines_may_be_others(tmp_path: Path) -> None:
+    """Not their layout."""
+    compose(make_plan(write_base(tmp_path / "base"), {}, {}), tmp_path / "mixed")
+    config = engine_config(tmp_path / "mixed", nnodes=2, pipeline_parallel_size=2)
+    file = tmp_path / "base" / "model.safetensors"
+    shutil.copy(file, tmp_path / "again")
+    (tmp_path / "again").replace(file)
+    resolve_as_worker(config)

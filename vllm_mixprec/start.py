@@ -26,6 +26,7 @@ from vllm_mixprec.models.dsa import (
 )
 from vllm_mixprec.patches.indexer_types import spell_pattern
 from vllm_mixprec.plan import Plan
+from vllm_mixprec.quant.checked import note_checked
 from vllm_mixprec.quant.config import (
     LOAD_FORMAT,
     METHOD,
@@ -37,6 +38,7 @@ from vllm_mixprec.quant.config import (
 )
 from vllm_mixprec.quant.methods import usable_platform
 from vllm_mixprec.routing import Finding, RouteTable
+from vllm_mixprec.routing.arithmetic import arithmetic_differences
 from vllm_mixprec.routing.check import examine
 from vllm_mixprec.routing.parts import spell_layers
 from vllm_mixprec.routing.platform import dispatched_flags
@@ -77,15 +79,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     report, checkpoints = examine(plan, layout, usable_platform(), dtype=dtype_of(vllm_config))
     _refuse_errors(path, report.findings)
     assert report.table is not None
-    # --hf-overrides can name a plan for another model than the one that is served.
-    served = model_config.hf_config.to_dict()
-    served["architectures"] = served.get(ARCHITECTURES_KEY, served.get("architectures"))
-    differences = config_differences(report.table.base_config, served)
-    if differences:
-        raise PlanError(
-            f"{path}: the plan's base is another model than {model_config.model}: "
-            f"{'; '.join(differences)}. Serve the directory of source {plan.base!r}"
-        )
+    _compare_config(path, plan, checkpoints[plan.base], model_config)
     for line in spell_layers(report.table):
         logger.info("%s", line)
     for finding in (*report.findings, *_compare_samples(path, report.table, checkpoints)):
@@ -101,12 +95,12 @@ def prepare(vllm_config: VllmConfig) -> None:
     _choose_attention(vllm_config)
     load_config.load_format = LOAD_FORMAT
     # The formats decide what is compiled, so they belong in the key of vLLM's compile cache; so
-    # does the CPU, since machines may share the cache's directory and vLLM's key has only the GPU.
-    vllm_config.additional_config = {
-        **(vllm_config.additional_config or {}),
-        "mixprec_routes_sha256": report.table.fingerprint,
-        "mixprec_cpu_flags": dispatched_flags(),
-    }
+    # does a CPU, since machines may share the cache's directory and vLLM's key has only the GPU.
+    keys = {"mixprec_routes_sha256": report.table.fingerprint}
+    if current_platform.is_cpu():
+        keys["mixprec_cpu_flags"] = " ".join(dispatched_flags())
+    vllm_config.additional_config = {**(vllm_config.additional_config or {}), **keys}
+    note_checked(vllm_config, report.table)
 
 
 def prepare_counters(vllm_config: VllmConfig) -> None:
@@ -180,6 +174,42 @@ def _refuse_changed_plan(plan: Plan, model_config: ModelConfig) -> None:
         raise PlanError(f"{plan.path}: {changed}")
 
 
+def _compare_config(path: Path, plan: Plan, base: Checkpoint, model_config: ModelConfig) -> None:
+    """Refuse the config of another model than the plan's base; warn where it computes otherwise.
+
+    ``--hf-overrides`` can name a plan for another model than the one that is served, and change
+    what the config says; a composed directory's config.json can be edited.
+    """
+    config = model_config.hf_config
+    served = config.to_dict()
+    served["architectures"] = served.get(ARCHITECTURES_KEY, served.get("architectures"))
+    differences = config_differences(base.config, served)
+    if differences:
+        raise PlanError(
+            f"{path}: the plan's base is another model than {model_config.model}: "
+            f"{'; '.join(differences)}. Serve the directory of source {plan.base!r}"
+        )
+    differences = arithmetic_differences(base.config, served)
+    if differences:
+        logger.warning(
+            "%s: computes otherwise than base %r, whose weights are served: %s",
+            model_config.model,
+            plan.base,
+            "; ".join(differences),
+        )
+    if getattr(config, OVERRIDE_KEY, None) is None:  # a composed directory
+        return
+    is_base = model_config.model == plan.sources[plan.base].path
+    if not is_base and Path(model_config.model).resolve() != base.path.resolve():
+        logger.warning(
+            "%s: gives config and tokenizer, and base %r, %s, the weights; make sure that they "
+            "belong together",
+            model_config.model,
+            plan.base,
+            base.path,
+        )
+
+
 def _refuse_errors(path: Path, findings: Iterable[Finding]) -> None:
     errors = [f"{f.where}: {f.message}" for f in findings if f.level == "error"]
     if errors:
@@ -193,16 +223,19 @@ def _compare_samples(
 
     Where ``options.weights_differ`` is ``error``, that is refused, too.
     """
-    may_differ = table.plan.options.weights_differ == "warn"
+    found = compare_samples(table, checkpoints)
+    is_strict = table.plan.options.weights_differ == "error"
+    remedy = " If such weights are meant, set options.weights_differ to warn, and compose again."
+    _refuse_errors(
+        path,
+        (
+            replace(each, message=each.message + remedy) if each.code in MAY_BE_MEANT else each
+            for each in found
+            if is_strict or each.code not in MAY_BE_MEANT
+        ),
+    )
     said = "One weight of its kind was looked at: see check --deep."
-    if not may_differ:
-        said += " Set options.weights_differ to warn if such weights are meant."
-    found = [
-        replace(each, message=f"{each.message} {said}")
-        for each in compare_samples(table, checkpoints)
-    ]
-    _refuse_errors(path, (each for each in found if not (may_differ and each.code == MAY_BE_MEANT)))
-    return [replace(each, level="warning") for each in found]
+    return [replace(each, level="warning", message=f"{each.message} {said}") for each in found]
 
 
 def _refuse_unfit_vllm() -> None:

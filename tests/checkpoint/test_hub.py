@@ -173,6 +173,14 @@ print(json.dumps([findings(report), len(report.table.routes)]))
     index = json.loads((models / "bf16" / "model.safetensors.index.json").read_text())
     assert modules == len({name.rpartition(".")[0] for name in index["weight_map"]})
     assert not list((tmp_path / "mixed" / "sources" / "bf16").glob("*.safetensors"))
+    # What is not compared with that base is said.
+    code = """
+composed = Plan.from_yaml(folder / 'mixed' / 'mixprec_plan.yaml')
+found = check(composed, deep=True).findings
+print(json.dumps([f.message for f in found if f.code == 'not-compared']))
+"""
+    [message] = client(tmp_path, code, offline=True)
+    assert message.startswith(f"the base's shards of {modules} modules")
     # A plan that takes tensors from where only headers are is refused.
     code = """
 composed = Plan.from_yaml(folder / 'mixed' / 'mixprec_plan.yaml')

@@ -67,10 +67,13 @@ def test_shard_replaced_since_is_read_anew(kept: Path) -> None:
             tensors[name] = tensors.pop(name)
 
     before = open_checkpoint(kept).tensors
+    assert not open_checkpoint(kept).notes
     edit_tensors(kept / SHARDS[1], swap)
     state = (kept / SHARDS[1]).stat()
     os.utime(kept / SHARDS[1], ns=(state.st_atime_ns, state.st_mtime_ns + 1))
     assert SHARDS[1] in opened_by(kept)
+    [note] = open_checkpoint(kept).notes
+    assert note.startswith(f"{kept}: {SHARDS[1]}: copied or written to since")
     after = open_checkpoint(kept).tensors
     assert any(before[name].start != spec.start for name, spec in after.items())
 

@@ -162,3 +162,22 @@ def test_malformed_config_is_explained(run, tmp_path):
     result = run("inspect", tmp_path)
     assert result.code == 1
     assert "config.json" in result.err and "expected an object" in result.err
+
+
+def test_plan_is_shown_as_the_options_have_it_served(run, mixed_plan):
+    here = run("inspect", mixed_plan, "--platform", "cpu-avx512", "--json").json
+    there = run("inspect", mixed_plan, "--platform", "other", "-tp", "2", "-ep", "--json").json
+    assert (here["tensor_parallel_size"], here["expert_parallel"]) == (1, False)
+    assert (there["tensor_parallel_size"], there["expert_parallel"]) == (2, True)
+    assert there["platform"] == "other"
+    widened = [
+        {part["widened"] is not None for layer in found["layers"] for part in layer["parts"]}
+        for found in (here, there)
+    ]
+    assert widened == [{False}, {False, True}]
+
+
+def test_checkpoint_has_no_options_of_serving(run):
+    result = run("inspect", MODELS / "fp8", "-tp", "2")
+    assert result.code == 1 and result.out == ""
+    assert "a checkpoint, expected a plan or a composed directory" in result.err

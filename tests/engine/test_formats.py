@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every format in one engine: a model with a layer for each, against transformers in float32.
 
-The weights of the reference are those that the formats' own tools read back.
+The weights of the reference are those that the formats' own tools read back. Another engine has
+sources of several schemes each: GPTQ's ``dynamic``, auto-round's ``extra_config``, groups of
+compressed-tensors and FP8's ``ignored_layers``.
 """
 
 import pytest
@@ -11,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoint.formats.tools import CASES
 from tests.engine import reference
 from tests.engine.harness import EAGER, compose_plan, run_engines
-from tests.quant.format_model import modules_of, write_formats
+from tests.quant.format_model import SEVERAL, modules_of, write_formats, write_several
+from vllm_mixprec import Plan, check
 
 pytestmark = pytest.mark.engine
 
@@ -45,16 +48,20 @@ def results(tmp_path_factory):
         sources = plan["sources"] | {case: {"path": str(damaged)}}
         mixed = compose_plan(folder / f"mixed-{case}", plan | {"sources": sources})
         jobs.append({"name": case, "model": str(mixed)})
+    several = folder / "several"
+    plan, other_weights, _ = write_several(several)
+    jobs.append({"name": "several", "model": str(compose_plan(several / "mixed", plan))})
     prompts = make_prompts()
     found = run_engines(folder, [job | {"prompts": prompts} for job in jobs], **EAGER)
-    expected = reference.log_probs(folder / "base", weights, prompts)
+    expected = dict.fromkeys(found, reference.log_probs(folder / "base", weights, prompts))
+    expected["several"] = reference.log_probs(several / "base", other_weights, prompts)
     return found, expected
 
 
 def difference(results, name: str) -> float:
     found, expected = results
     assert "error" not in found[name], found[name]["error"]
-    return (torch.tensor(found[name]["log_probs"]) - expected).abs().mean().item()
+    return (torch.tensor(found[name]["log_probs"]) - expected[name]).abs().mean().item()
 
 
 def test_log_probs_match_float32(results, record_property):
@@ -81,3 +88,18 @@ def test_a_damaged_source_is_noticed(results, case):
     found = difference(results, case)
     print(f"{case} damaged: {found:.4f} nats a token, against at most {BOUND}")
     assert found > BOUND
+
+
+def test_schemes_of_one_source_are_told_apart(tmp_path):
+    plan, _, labels = write_several(tmp_path)
+    report = check(Plan.from_dict(plan))
+    assert report.table is not None, report.findings
+    routes = report.table.routes
+    assert {module: routes[module].stored.label for module in labels} == labels
+    assert {routes[module].source for module in labels} == set(SEVERAL)
+
+
+def test_several_schemes_of_one_source_match_float32(results):
+    found = difference(results, "several")
+    print(f"{len(SEVERAL)} sources of several schemes: {found:.4f} nats a token (at most {BOUND})")
+    assert found <= BOUND

@@ -83,6 +83,7 @@ async def read_while_it_works() -> dict[str, list]:
         while len(arrived) < count:
             if running.done():  # its engine died of something else
                 await running
+                raise AssertionError(f"{len(arrived)} of {count} outputs came")
             await asyncio.sleep(0.01)
 
     ends = {}

@@ -8,6 +8,8 @@ import pytest
 import torch
 from vllm.config import LoadConfig, VllmConfig
 
+from tests.engine.dense import write_dense
+from tests.loading.serving import needs_cpu, serve
 from tests.routing.models import CPU, make_plan
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.errors import PlanError, RouteError
@@ -67,3 +69,27 @@ def test_summary_names_sources_formats_and_what_is_widened(tmp_path: Path):
 def test_model_without_a_plan_is_refused():
     with pytest.raises(PlanError, match=r"--load-format mixprec for a model without a plan"):
         MixPrecLoader(LoadConfig()).create_model(VllmConfig(), None)
+
+
+@needs_cpu
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_progress_is_shown_as_vllm_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_shown: bool
+) -> None:
+    sources = write_dense(tmp_path, "qwen3")
+    base = sources.pop("bf16")
+    rules = {"model.layers.*.mlp.*_proj": "fp8"}
+    with serve(tmp_path, base, sources, rules, has_draft=False) as serving:
+        serving.loader.load_config.use_tqdm_on_load = is_shown
+        built = serving.build()
+        capsys.readouterr()
+        serving.loader.load_weights(built.model, built.model_config)
+    bar = capsys.readouterr().err.split("\r")[-1]
+    if not is_shown:
+        assert "Loading mixprec weights" not in bar
+        return
+    routes = built.model.mixprec_intake.held.values()
+    size = sum(route.stored_bytes for route in routes)
+    shown = re.search(r"Loading mixprec weights: 100%.* ([\d.]+)k/([\d.]+)k ", bar)
+    assert shown is not None, bar
+    assert float(shown[1]) == float(shown[2]) == pytest.approx(size / 1024, abs=0.6)

@@ -3,18 +3,23 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-from tests.engine.dense import write_dense
+from tests.engine import dense
 from tests.loading.serving import needs_cpu, serve
 
 pytestmark = needs_cpu
 
 
-def test_reload_of_embeddings_reaches_the_tied_head(tmp_path: Path) -> None:
-    sources = write_dense(tmp_path, "llama")
+@pytest.mark.parametrize("vocabulary", [64, 100])  # the second is padded, and ready last
+def test_reload_of_embeddings_reaches_the_tied_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: int
+) -> None:
+    monkeypatch.setitem(dense.SIZES, "vocab_size", vocabulary)
+    sources = dense.write_dense(tmp_path, "llama")
     base = sources.pop("bf16")
     rules = {"model.layers.*.self_attn.*_proj": "fp8", "model.layers.*.mlp.*_proj": "int4"}
     with serve(tmp_path, base, sources, rules, has_draft=False) as serving:

@@ -2,11 +2,12 @@
 """A tiny Qwen3-MoE with a layer for each format: its o_proj and first two experts are stored so.
 
 Each format is a source of its own, written by its tool (``tests.checkpoint.formats.tools``); the
-rest of the model is the base's, in BF16. One source is a PyTorch file.
+rest of the model is the base's, in BF16. One source is a PyTorch file. Another such model has
+sources of several schemes each, which their configs tell apart.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,106 @@ def base_tensors(layers: int) -> Tensors:
     return tensors
 
 
+Config = dict[str, Any]
+
+
+def _by_dynamic(layers: range, configs: list[Config]) -> Config:
+    """GPTQModel's overrides, where a minus excludes."""
+    low, high, plain = (rf"model\.layers\.{layer}\." for layer in layers)
+    own = {key: configs[1][key] for key in ("bits", "group_size")}
+    return configs[0] | {"dynamic": {f"-:{plain}.*": {}, f"+:{high}.*": own}}
+
+
+def _by_extra_config(layers: range, configs: list[Config]) -> Config:
+    """auto-round's: by name and by expression; 16 bits are none."""
+    low, high, plain = layers
+    own = {key: configs[1][key] for key in ("bits", "group_size")}
+    unquantised = {"bits": 16, "data_type": "float"}
+    extra = {
+        f"model.layers.{high}.self_attn.o_proj": own,
+        rf".*layers\.{high}\.mlp\.experts.*": own,
+        f"model.layers.{plain}.self_attn.o_proj": unquantised,
+        rf".*layers\.{plain}\.mlp\.experts.*": unquantised,
+    }
+    layout = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    return configs[0] | layout | {"extra_config": extra}
+
+
+def _by_groups(layers: range, configs: list[Config]) -> Config:
+    """compressed-tensors' groups of a format each, and what they ignore."""
+    groups = {
+        f"group_{number}": {
+            **config["config_groups"]["group_0"],
+            "targets": [rf"re:.*layers\.{layer}\..*"],
+            "format": config["format"],
+        }
+        for number, (layer, config) in enumerate(zip(layers, configs, strict=False))
+    }
+    ignore = ["lm_head", rf"re:.*layers\.{layers[-1]}\..*"]
+    return configs[0] | {"format": "mixed-precision", "config_groups": groups, "ignore": ignore}
+
+
+def _by_ignored_layers(layers: range, configs: list[Config]) -> Config:
+    """FP8's list, by either of its names."""
+    names = list(modules_of(layers[-1]))
+    return configs[0] | {"ignored_layers": names, "modules_to_not_convert": names}
+
+
+# Source -> the case of each of its layers, None for BF16, and what makes one config of theirs.
+SEVERAL: dict[str, tuple[tuple[str | None, ...], Callable[[range, list[Config]], Config]]] = {
+    "dynamic": (("gptq-g128", "gptq-int8", None), _by_dynamic),
+    "extra_config": (("gptq-g32", "gptq-int8", None), _by_extra_config),
+    "config_groups": (("ct-int4", "ct-fp8-channel", None), _by_groups),
+    "ignored_layers": (("fp8-128x128", None), _by_ignored_layers),
+}
+
+
+def write_several(folder: Path) -> tuple[dict[str, Any], Tensors, dict[str, str]]:
+    """Write a base, and sources that hold several schemes each.
+
+    Returns:
+        The plan, the weights as :func:`write_formats` has them, and the label of each module that
+        is not the base's.
+    """
+    count = sum(len(cases) for cases, _ in SEVERAL.values())
+    config = _config(count)
+    weights = base_tensors(count)
+    _write(folder / "base", weights, config)
+    sources, rules, labels = {"base": {"path": str(folder / "base")}}, [], {}
+    first = 0
+    for source, (cases, merge) in SEVERAL.items():
+        layers = range(first, first + len(cases))
+        tensors: Tensors = {}
+        configs = []
+        for layer, case in zip(layers, cases, strict=True):
+            for number, (module, shape) in enumerate(modules_of(layer).items()):
+                made = make_weight(*shape, seed=100 * layer + number)
+                rules.append({"match": module, "source": source})
+                if case is None:
+                    tensors[f"{module}.weight"] = weights[f"{module}.weight"] = made.bfloat16()
+                    labels[module] = "bf16"
+                    continue
+                stored = CASES[case].store(made)
+                for suffix, tensor in stored.tensors.items():
+                    tensors[f"{module}.{suffix}"] = tensor.contiguous()
+                weights[f"{module}.weight"] = stored.weight
+                labels[module] = CASES[case].label.format(k=shape[1])
+            if case is not None:
+                configs.append(stored.config)
+        merged = config | {"quantization_config": merge(layers, configs)}
+        _write(folder / source, tensors, merged)
+        sources[source] = {"path": str(folder / source)}
+        first = layers.stop
+    plan = {"version": 1, "base": "base", "sources": sources, "rules": rules}
+    return plan, {name: weight.float().contiguous() for name, weight in weights.items()}, labels
+
+
+def _config(layers: int) -> Config:
+    config: Config = json.loads((RANDOM / "bf16" / "config.json").read_text())
+    config |= {"num_hidden_layers": layers, "num_local_experts": EXPERTS, "vocab_size": 256}
+    return config | {"num_experts_per_tok": 2, "eos_token_id": None}
+
+
 def write_formats(folder: Path, cases: Iterable[str] = CASES) -> tuple[dict[str, Any], Tensors]:
     """Write base and sources.
 
@@ -68,9 +169,7 @@ def write_formats(folder: Path, cases: Iterable[str] = CASES) -> tuple[dict[str,
         The plan, and the weights in float32 as the tools read them, by the base's names.
     """
     cases = list(cases)
-    config = json.loads((RANDOM / "bf16" / "config.json").read_text())
-    config |= {"num_hidden_layers": len(cases), "num_local_experts": EXPERTS, "vocab_size": 256}
-    config |= {"num_experts_per_tok": 2, "eos_token_id": None}
+    config = _config(len(cases))
     weights = base_tensors(len(cases))
     _write(folder / "base", weights, config)
     sources, rules = {"base": {"path": str(folder / "base")}}, []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -27,9 +28,14 @@ from vllm_mixprec import Plan
 from vllm_mixprec.checkpoint.dequantize import relayout
 from vllm_mixprec.checkpoint.formats import FORMATS
 from vllm_mixprec.checkpoint.stream import read_tensors
+from vllm_mixprec.quant import cpu_linear
+from vllm_mixprec.quant.cpu import CpuExpertsMethod, CpuFp8ChannelExpertsMethod
+from vllm_mixprec.quant.experts import holder_of
 from vllm_mixprec.quant.methods import linear_method
 from vllm_mixprec.routing import Platform, RouteTable, missing_kernel
+from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.kernels import kernels_for
+from vllm_mixprec.routing.parts import Part, layer_parts
 from vllm_mixprec.routing.platform import detect_platform
 
 pytestmark = [
@@ -42,6 +48,15 @@ LAYER = {case: layer for layer, case in enumerate(CASES)}
 BOUND = {"int4": 0.03, "other": 0.012}
 # Activations rounded to E4M3: of three bits at most 2^-4 of a value, uniformly.
 FP8_ACTIVATIONS = 2**-4 / 3**0.5
+
+INSTALLED = {
+    UnquantizedLinearMethod: "vLLM's own",
+    cpu_linear.CpuFp8LinearMethod: "fp8_scaled_mm_cpu",
+    cpu_linear.CpuFp8ChannelLinearMethod: "fp8_scaled_mm_cpu",
+    CpuFp8ChannelExpertsMethod: "fp8_scaled_mm_cpu",  # expert by expert
+    cpu_linear.CpuInt4LinearMethod: "int4_scaled_mm_cpu",
+    cpu_linear.CpuInt4W16LinearMethod: "cpu_gemm_wna16",
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,33 @@ def test_served_as_expected(served: Served, case: str) -> None:
             k = INNER  # an expert's groups have one size: the least K's, where each spans its K
         assert route.served.label == (expected.format(k=k) if expected else "bf16")
         assert route.widened == (expected is None)
+
+
+def test_views_name_the_kernel_that_was_installed(served: Served) -> None:
+    """What the log, ``inspect`` and the routes show, beside the methods that the layers have."""
+    shown = layer_parts(served.table)
+    for layer in LAYER.values():
+        prefix = f"model.layers.{layer}"
+        linear = served.model.get_submodule(f"{prefix}.self_attn.o_proj").quant_method
+        experts = served.model.get_submodule(f"{prefix}.mlp.experts").routed_experts
+        own = {f"{prefix}.self_attn.o_proj": linear}
+        own |= {
+            f"{prefix}.mlp.experts.{expert}.down_proj": holder_of(experts, expert).quant_method
+            for expert in range(EXPERTS)
+        }
+        for module, method in own.items():
+            [part] = [part for part in shown[layer] if is_in(module, part)]
+            of_experts = isinstance(method, CpuExpertsMethod) and "fused_experts_cpu"
+            installed = INSTALLED.get(type(method)) or of_experts
+            assert part.kernel.startswith(installed), (module, type(method), part)
+            assert (part.reason is not None) == served.table.routes[module].widened
+
+
+def is_in(module: str, part: Part) -> bool:
+    expert = parse_expert(module)
+    if expert is not None:
+        return expert.expert in part.experts
+    return part.kind == "attention" and part.source != "base"
 
 
 @every_case

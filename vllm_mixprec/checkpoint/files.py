@@ -84,8 +84,17 @@ def require_unchanged(file: Path, descriptor: int, stamp: FileStamp | None) -> N
     Raises:
         CheckpointError: it was replaced, written to or cut short since.
     """
-    found = _stamp(descriptor)
-    if stamp is None or found == stamp:
+    if stamp is not None:
+        require_same(file, _stamp(descriptor), stamp)
+
+
+def require_same(file: Path, found: FileStamp, stamp: FileStamp) -> None:
+    """Make sure that two stamps are of one state of a file.
+
+    Raises:
+        CheckpointError: it was replaced, written to or cut short since ``stamp`` was taken.
+    """
+    if found == stamp:
         return
     if found.size_bytes < stamp.size_bytes:
         what = f"was cut short to {found.size_bytes} bytes, expected {stamp.size_bytes},"

@@ -97,6 +97,7 @@ def open_checkpoint(path: Path, name: str = "") -> Checkpoint:
     container, notes = _choose_container(path)
     with collector_paused():
         shards = Shards(path, container)
+        notes += _note_rewritten(path, shards)
         if (path / container.index).exists():
             tensors, problems = _open_indexed(path, shards)
         else:
@@ -120,6 +121,14 @@ def _choose_container(path: Path) -> tuple[Container, tuple[str, ...]]:
         f"{path}: its shards are pickles; torch.load reads their tensors with weights_only=True "
         "and runs no code of theirs",
     )
+
+
+def _note_rewritten(path: Path, shards: Shards) -> tuple[str, ...]:
+    if not shards.rewritten:
+        return ()
+    count, first = len(shards.rewritten), min(shards.rewritten)
+    which = first if count == 1 else f"{count} shards, {first} among them"
+    return (f"{path}: {which}: copied or written to since their headers were kept, and read anew",)
 
 
 def resolve_path(path_or_hub_id: str, revision: str | None, base_dir: Path | None) -> Path:

@@ -59,7 +59,11 @@ TORCH = Container("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_
 
 
 class Shards:
-    """The shards of one directory, with those on the hub that are not here."""
+    """The shards of one directory, with those on the hub that are not here.
+
+    Attributes:
+        rewritten: names of those that are not as they were when their headers were kept.
+    """
 
     def __init__(self, path: Path, container: Container = SAFETENSORS) -> None:
         """Look which headers are kept and still stand for their shards.
@@ -69,11 +73,14 @@ class Shards:
         """
         self.container = container
         self._path = path
-        self._kept = {
-            shard: header
-            for shard, kept in (kept_headers(path) if container is SAFETENSORS else {}).items()
-            if (header := _current(path / shard, kept)) is not None
-        }
+        self._kept: dict[str, RawHeader] = {}
+        self.rewritten: list[str] = []
+        for shard, kept in (kept_headers(path) if container is SAFETENSORS else {}).items():
+            header = _current(path / shard, kept)
+            if header is not None:
+                self._kept[shard] = header
+            elif self.has(shard):
+                self.rewritten.append(shard)
 
     def names(self) -> list[str]:
         """Return the names of those in the directory itself, sorted."""

@@ -21,7 +21,7 @@ from vllm_mixprec.cli.output import (
 from vllm_mixprec.composition import composed_plan, composed_quantization, plan_change
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan import Plan
-from vllm_mixprec.routing import Finding, Platform, Report, check
+from vllm_mixprec.routing import Finding, Layout, Platform, Report, check
 from vllm_mixprec.routing.findings import format_bytes
 
 _DESCRIPTION = """\
@@ -52,6 +52,21 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         type=Path,
         help="the plan's YAML file, or a directory made by compose",
     )
+    add_layout(parser)
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="also read the tensors: broken scales, and weights that differ from the base's by "
+        "more than their format explains",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 for warnings and notes too"
+    )
+    return parser
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how and where a model will be served."""
     parser.add_argument(
         "-tp", "--tensor-parallel-size", metavar="N", type=_size, default=1, help="default: 1"
     )
@@ -71,16 +86,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "prediction layers, loaded as the draft model, and require them",
     )
     add_platform(parser)
-    parser.add_argument(
-        "--deep",
-        action="store_true",
-        help="also read the tensors: broken scales, and weights that differ from the base's by "
-        "more than their format explains",
+
+
+def layout_of(arguments: argparse.Namespace) -> Layout:
+    """Return the layout that the options say."""
+    return Layout(
+        arguments.tensor_parallel_size,
+        arguments.pipeline_parallel_size,
+        arguments.enable_expert_parallel,
+        arguments.mtp,
     )
-    parser.add_argument(
-        "--strict", action="store_true", help="exit with 1 for warnings and notes too"
-    )
-    return parser
 
 
 def _size(text: str) -> int:

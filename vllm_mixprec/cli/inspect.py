@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mixprec.checkpoint import Checkpoint, open_checkpoint, resolve_path
+from vllm_mixprec.cli.check import add_layout, layout_of
 from vllm_mixprec.cli.output import (
     Progress,
     bytes_by_source_list,
@@ -19,7 +20,7 @@ from vllm_mixprec.cli.output import (
 from vllm_mixprec.composition import composed_plan, composed_quantization, plan_change
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan import Plan
-from vllm_mixprec.routing import RouteTable, load_route_table
+from vllm_mixprec.routing import Layout, RouteTable, load_route_table
 from vllm_mixprec.routing.findings import format_bytes
 from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.kinds import KIND_LABELS, KINDS, Kind, kind_of, spell_ranges
@@ -29,14 +30,15 @@ from vllm_mixprec.routing.structure import ModelDims, layer_index, layer_name, t
 _DESCRIPTION = """\
 Show what a source holds: architecture, layers, experts, formats, bytes by kind, companions missing
 or left over. For a plan or a composed directory: where each layer comes from, in which format, and
-what is widened and why. Headers only. Exit code 1 when companions or shards are missing or left
-over."""
+what is widened and why, in one process on this machine or as the options say. Headers only. Exit
+code 1 when companions or shards are missing or left over."""
 
 _EXAMPLE = """\
 examples:
   vllm-mixprec inspect /models/Qwen3-30B-A3B-FP8
   vllm-mixprec inspect Qwen/Qwen3-30B-A3B-GPTQ-Int4 --json
-  vllm-mixprec inspect plan.yaml"""
+  vllm-mixprec inspect plan.yaml
+  vllm-mixprec inspect mixed/ -tp 8 --platform cuda-90"""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -54,6 +56,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="a checkpoint directory, a hub id, a plan, or a directory made by compose",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    add_layout(parser.add_argument_group("of a plan or a composed directory"))
     return parser
 
 
@@ -67,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Describe the source, return 1 when something in it does not fit together.
 
     Raises:
-        PlanError: the plan of a composed directory is not the one that was composed.
+        PlanError: the plan of a composed directory is not the one that was composed, or a
+            checkpoint was to be shown as it is served.
     """
     source = Path(arguments.source).expanduser()
     plan = source if source.is_file() else composed_plan(source)
@@ -78,8 +82,13 @@ def run(arguments: argparse.Namespace) -> int:
             changed = plan_change(read, composed_quantization(source) or {})
             if changed is not None:
                 raise PlanError(f"{plan}: {changed}")
-            table = load_route_table(read)
+            table = load_route_table(read, layout_of(arguments), arguments.platform)
         else:
+            if arguments.platform is not None or layout_of(arguments) != Layout():
+                raise PlanError(
+                    f"{arguments.source}: a checkpoint, expected a plan or a composed directory "
+                    "to show as it is served. Leave the options of serving out"
+                )
             path = resolve_path(arguments.source, arguments.revision, None)
             checkpoint = open_checkpoint(path)
     if plan is not None:
@@ -203,6 +212,10 @@ def describe_plan(path: Path, table: RouteTable) -> dict[str, Any]:
         "base": table.plan.base,
         **describe_model(table.base_config, table.routes),
         "platform": table.platform.name,
+        "tensor_parallel_size": table.layout.tensor_parallel_size,
+        "pipeline_parallel_size": table.layout.pipeline_parallel_size,
+        "expert_parallel": table.layout.expert_parallel,
+        "draft": table.layout.draft,
         "layers": [
             {
                 "layer": layer,

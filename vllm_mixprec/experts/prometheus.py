@@ -31,10 +31,7 @@ from vllm_mixprec.experts.series import ExpertSeries, make_gauge
 from vllm_mixprec.experts.setting import metrics_setting
 from vllm_mixprec.experts.snapshot import ExpertSnapshot
 from vllm_mixprec.patches import stat_logger_client
-from vllm_mixprec.plan import Plan
-from vllm_mixprec.quant.config import METHOD, dtype_of, layout_of, plan_path
-from vllm_mixprec.quant.methods import usable_platform
-from vllm_mixprec.routing import load_route_table
+from vllm_mixprec.quant.config import METHOD, load_table, plan_path
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -55,18 +52,13 @@ def export_plan(vllm_config: VllmConfig, registry: CollectorRegistry = REGISTRY)
     headers.
 
     Raises:
-        MixPrecError, OSError: the plan or a source cannot be read any more.
+        MixPrecError, OSError: the plan or a source cannot be read any more, or is another by now.
     """
     model = vllm_config.model_config
     if model.quantization != METHOD:
         return
     path = Path(plan_path(model.model, model.hf_config))
-    table = load_route_table(
-        Plan.from_yaml(path),
-        layout=layout_of(vllm_config),
-        platform=usable_platform(),
-        dtype=dtype_of(vllm_config),
-    )
+    table = load_table(vllm_config, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     make_gauge(
         "mixprec_plan_info",

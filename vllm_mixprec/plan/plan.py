@@ -44,7 +44,7 @@ class Source(_Schema):
 
 
 class Options(_Schema):
-    """What to do where formats or kernels do not fit."""
+    """What to do where formats, kernels or a source's weights do not fit."""
 
     mixed_fused: Literal["widen", "error"] = "widen"
     missing_kernel: Literal["dequantize", "error"] = "dequantize"

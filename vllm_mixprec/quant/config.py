@@ -20,6 +20,7 @@ from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.checkpoint.spelling import class_name
 from vllm_mixprec.errors import PlanError, RouteError, UnsupportedError
 from vllm_mixprec.plan import Plan
+from vllm_mixprec.quant.checked import require_checked, require_checked_files
 from vllm_mixprec.quant.experts import MixedExpertsMethod
 from vllm_mixprec.quant.methods import experts_method, linear_method, usable_platform
 from vllm_mixprec.routing import Layout, RouteTable, load_route_table
@@ -112,6 +113,23 @@ def dtype_of(vllm_config: VllmConfig) -> str:
     return names[dtype]
 
 
+def load_table(vllm_config: VllmConfig, plan: Path) -> RouteTable:
+    """Resolve a plan for an engine's layout, dtype and machine; reads its checkpoints' headers.
+
+    Raises:
+        MixPrecError: the plan or its checkpoints cannot be read, do not fit together, or are not
+            what was checked when the engine started.
+    """
+    table = load_route_table(
+        Plan.from_yaml(plan),
+        layout=layout_of(vllm_config),
+        platform=usable_platform(),
+        dtype=dtype_of(vllm_config),
+    )
+    require_checked(vllm_config, table)
+    return table
+
+
 class MixPrecConfig(QuantizationConfig):
     """Gives each layer the method of the format that the plan routes it to."""
 
@@ -175,7 +193,11 @@ class MixPrecConfig(QuantizationConfig):
 
     @property
     def table(self) -> RouteTable:
-        """Where every tensor comes from; resolved once a process, from headers only."""
+        """Where every tensor comes from; resolved once a process, from headers only.
+
+        Raises:
+            MixPrecError: as :func:`load_table`, or a shard was written to since the start.
+        """
         if self._table is None:
             assert self.plan is not None, "vLLM calls maybe_update_config before a layer is built"
             vllm_config = get_current_vllm_config()
@@ -185,12 +207,9 @@ class MixPrecConfig(QuantizationConfig):
                     f"{vllm_config.load_config.load_format!r}; expected {LOAD_FORMAT!r}, which the "
                     "start-up hook of vllm-mixprec sets. Run `vllm-mixprec doctor`"
                 )
-            self._table = load_route_table(
-                Plan.from_yaml(self.plan),
-                layout=layout_of(vllm_config),
-                platform=usable_platform(),
-                dtype=dtype_of(vllm_config),
-            )
+            table = load_table(vllm_config, self.plan)
+            require_checked_files(vllm_config, table)
+            self._table = table
         return self._table
 
     @property

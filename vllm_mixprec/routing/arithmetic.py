@@ -38,14 +38,8 @@ def compare_arithmetic(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: F
 
     What is absent or null in either config is not compared.
     """
-    expected = _arithmetic(checkpoints[plan.base].config)
     for name, checkpoint in checkpoints.items():
-        found = _arithmetic(checkpoint.config)
-        differences = [
-            f"{key} is {found[key]!r}, not {expected[key]!r}"
-            for key in expected
-            if key in found and found[key] != expected[key]
-        ]
+        differences = arithmetic_differences(checkpoints[plan.base].config, checkpoint.config)
         if differences:
             log.add(
                 "warning",
@@ -56,6 +50,19 @@ def compare_arithmetic(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: F
                 "base, not from a fine-tune of it.",
                 noun="sources",
             )
+
+
+def arithmetic_differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Compare two config.json by what the same weights compute; keys of both that are no null.
+
+    Returns lines such as ``rope_theta is 10000.0, not 1000000.0``; none where they agree.
+    """
+    expected, found = _arithmetic(base), _arithmetic(other)
+    return [
+        f"{key} is {found[key]!r}, not {expected[key]!r}"
+        for key in expected
+        if key in found and found[key] != expected[key]
+    ]
 
 
 def _arithmetic(config: Mapping[str, Any]) -> dict[str, Any]:

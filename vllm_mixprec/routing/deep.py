@@ -42,7 +42,10 @@ def examine(
         CheckpointError: a file changed since its header was read.
     """
     verdicts = Verdicts(table)
+    alone: list[str] = []
     for route, module, base in _modules(table, checkpoints, only):
+        if base is None and route.source != table.plan.base:
+            alone.append(route.module)
         if not module.problems and module.shape == route.shape:
             for pair in pairs_of(route, base):
                 comparison = None if report_packing(pair, log) else scan(pair, table, log)
@@ -51,6 +54,15 @@ def examine(
                 judge(pair, comparison, table, checkpoints, verdicts)
         advance(route.stored_bytes + (base.nbytes if base is not None else 0))
     verdicts.report(log)
+    if alone and only is None:
+        log.add(
+            "note",
+            "not-compared",
+            str(checkpoints[table.plan.base].path),
+            f"the base's shards of {len(alone)} modules, {alone[0]} among them, are not here: what "
+            "their sources hold was read, and compared with nothing. Check the plan that the "
+            "directory was composed from.",
+        )
 
 
 def files(table: RouteTable, checkpoints: Mapping[str, Checkpoint]) -> set[Path]:

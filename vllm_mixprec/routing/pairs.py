@@ -179,9 +179,10 @@ def scan(pair: Pair, table: RouteTable, log: FindingLog | None) -> Comparison | 
         stored = source.read_rows(low, high)
         for suffix in SCALES:
             if source.scheme.is_quantized and suffix in stored:
-                problem = _scale_problem(source.scheme, suffix, stored[suffix])
-                if problem is not None:
-                    broken[suffix, "scale-invalid"] = problem
+                found = _scale_problem(source.scheme, suffix, stored[suffix])
+                if found is not None:
+                    code, problem = found
+                    broken[suffix, code] = problem
         weight = source.dequantize(stored).reshape(high - low, columns)
         if not broken and not bool(weight.isfinite().all()):
             broken["weight", "weight-not-finite"] = "holds NaN or infinite weights"
@@ -190,7 +191,7 @@ def scan(pair: Pair, table: RouteTable, log: FindingLog | None) -> Comparison | 
         base_stored = base.read_rows(low, high)
         base_weight = base.dequantize(base_stored).reshape(high - low, columns)
         if not bool(base_weight.isfinite().all()):
-            broken["weight", "weight-not-finite"] = (
+            broken["weight", "base-not-finite"] = (
                 f"cannot be compared: base {table.plan.base!r} holds NaN or infinite weights"
             )
             continue
@@ -208,15 +209,19 @@ def scan(pair: Pair, table: RouteTable, log: FindingLog | None) -> Comparison | 
     return None if broken else comparison
 
 
-def _scale_problem(scheme: Scheme, suffix: str, stored: torch.Tensor) -> str | None:
-    """Say what is wrong with scales; those of integers may be negative, as auto-round's are."""
+def _scale_problem(scheme: Scheme, suffix: str, stored: torch.Tensor) -> tuple[str, str] | None:
+    """Return a code and what is wrong with scales.
+
+    Those of integers may be negative, as auto-round's are. A zero is right where all that it scales
+    is about zero: some exporters let the scale of such a group underflow.
+    """
     values = scale_values(scheme, suffix, stored)
     if not bool(values.isfinite().all()):
-        return "holds NaN or infinite scales"
-    if bool((values == 0).any()):
-        return "holds scales that are zero"
+        return "scale-invalid", "holds NaN or infinite scales"
     if scheme.group_size is None and bool((values < 0).any()):
-        return "holds negative scales"
+        return "scale-invalid", "holds negative scales"
+    if bool((values == 0).any()):
+        return "scale-zero", "holds scales that are zero"
     return None
 
 

@@ -23,7 +23,9 @@ _CPU_FLAGS = frozenset({"avx512f", "avx512_bf16", "avx512_vnni"})
 # _C_AVX2 has no such operator).
 _AVX512_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 
-_DISPATCHED_FLAGS = _CPU_FLAGS | _AVX512_FLAGS | {"avx2", "amx_tile", "amx_bf16", "amx_int8"}
+_DISPATCHED_FLAGS = (
+    _CPU_FLAGS | _AVX512_FLAGS | {"avx2", "amx_tile", "amx_bf16", "amx_fp16", "amx_int8"}
+)
 
 INT4_W16 = "cpu_gemm_wna16"
 """Name of the kernel for int4 linears that needs AVX512F only."""
@@ -93,7 +95,7 @@ def _detect() -> Platform:
 
 
 def dispatched_flags() -> tuple[str, ...]:
-    """Return those of this CPU's features by which vLLM chooses kernels while it loads and traces.
+    """Return those of an x86 CPU's features by which vLLM chooses kernels as it loads and traces.
 
     Two machines of one :class:`Platform` may differ in them (AMX).
     """
@@ -101,11 +103,12 @@ def dispatched_flags() -> tuple[str, ...]:
 
 
 def _cpu_flags() -> frozenset[str]:
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.startswith("flags"):
-                return frozenset(line.partition(":")[2].split())
-    return frozenset()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except FileNotFoundError:  # no Linux
+        flags = ""
+    return frozenset(flags.partition(":")[2].split())
 
 
 def _cuda_capability() -> int | None:

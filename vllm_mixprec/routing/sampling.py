@@ -14,8 +14,8 @@ from vllm_mixprec.routing.findings import Finding, FindingLog, generalise
 from vllm_mixprec.routing.strangers import report_strangers
 from vllm_mixprec.routing.table import RouteTable
 
-MAY_BE_MEANT = "weights-differ"
-"""Code of the only findings that an operator may mean, as the weights may be fine-tuned ones."""
+MAY_BE_MEANT = ("weights-differ", "scale-zero", "base-not-finite")
+"""Codes of findings that need not be a fault: fine-tuned weights, empty groups, a base's damage."""
 
 _MOST_WEIGHTS = 1 << 27  # some three seconds of reading and dequantising; those folded take longer
 

@@ -118,6 +118,28 @@ class RouteTable:
             digest.update(repr((module, route.served, route.shape)).encode())
         return digest.hexdigest()
 
+    def digests(self) -> dict[str, str]:
+        """Return source -> SHA-256 over what it gives: each tensor's place, and how it is served.
+
+        Equal on all machines that hold the same checkpoints, in whatever directories.
+        """
+        spelt: dict[Scheme | Path, str] = {}
+        found: dict[str, Any] = {}
+        for module, route in self.routes.items():
+            for scheme in (route.stored, route.served):
+                if scheme not in spelt:
+                    spelt[scheme] = repr(scheme)
+            lines = [f"{module} {spelt[route.stored]} {spelt[route.served]}"]
+            for suffix, spec in route.tensors.items():
+                file = spec.file
+                if file not in spelt:
+                    spelt[file] = f"{file.parent.name}/{file.name}"  # of a hub's with its commit
+                place = f"{spelt[file]} {spec.start} {spec.end} {spec.view}"
+                lines.append(f"{suffix} {spec.name} {spec.dtype} {spec.shape} {place}")
+            digest = found.setdefault(route.source, hashlib.sha256())
+            digest.update("\n".join(lines).encode())
+        return {source: digest.hexdigest() for source, digest in found.items()}
+
     def bytes_by_source(self) -> dict[tuple[str, str], int]:
         """Return (source, stored format) -> bytes in the files of the tensors that are loaded."""
         dims = ModelDims.from_config(self.base_config)

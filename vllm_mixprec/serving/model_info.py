@@ -10,10 +10,8 @@ import vllm
 from vllm.platforms import current_platform
 
 from vllm_mixprec.checkpoint.index import resolve_path
-from vllm_mixprec.plan import Plan
-from vllm_mixprec.quant.config import METHOD, dtype_of, layout_of, plan_path
-from vllm_mixprec.quant.methods import usable_platform
-from vllm_mixprec.routing import Route, RouteTable, load_route_table
+from vllm_mixprec.quant.config import METHOD, load_table, plan_path
+from vllm_mixprec.routing import Route, RouteTable
 from vllm_mixprec.routing.fused import parse_expert
 from vllm_mixprec.routing.kinds import find_runs
 from vllm_mixprec.routing.parts import describe_layers
@@ -32,10 +30,10 @@ def describe_model(vllm_config: "VllmConfig") -> dict[str, Any]:
     """Describe the served model as JSON types; reads the headers of a plan's checkpoints.
 
     Raises:
-        MixPrecError: the plan or its checkpoints cannot be read any more.
+        MixPrecError: the plan or its checkpoints cannot be read any more, or are others by now.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    table = load_table(vllm_config) if has_plan(vllm_config) else None
+    table = load_served_table(vllm_config) if has_plan(vllm_config) else None
     return {
         "model": str(model.served_model_name),
         "path": model.model,
@@ -75,19 +73,14 @@ def _plan_of(vllm_config: "VllmConfig") -> dict[str, Any]:
     return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def load_table(vllm_config: "VllmConfig") -> RouteTable:
-    """Resolve the plan as the workers did; reads the headers of its checkpoints.
+def load_served_table(vllm_config: "VllmConfig") -> RouteTable:
+    """Resolve the plan as the workers did.
 
     Raises:
-        MixPrecError: the plan or its checkpoints cannot be read, or do not fit together.
+        MixPrecError: as ``load_table``.
     """
     model = vllm_config.model_config
-    return load_route_table(
-        Plan.from_yaml(plan_path(model.model, model.hf_config)),
-        layout=layout_of(vllm_config),
-        platform=usable_platform(),
-        dtype=dtype_of(vllm_config),
-    )
+    return load_table(vllm_config, plan_path(model.model, model.hf_config))
 
 
 def describe_table(table: RouteTable, plan: Mapping[str, Any]) -> dict[str, Any]:

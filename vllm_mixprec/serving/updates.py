@@ -14,7 +14,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_mixprec.errors import MixPrecError
 from vllm_mixprec.loading.reload import hash_fixed
 from vllm_mixprec.serving.errors import ApiError, MixPrecRoute
-from vllm_mixprec.serving.model_info import has_plan, load_table
+from vllm_mixprec.serving.model_info import has_plan, load_served_table
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -152,4 +152,4 @@ def _fingerprint_sources(vllm_config: "VllmConfig") -> str:
     Raises:
         MixPrecError: a source is missing, cut short or does not fit the plan any more.
     """
-    return hash_fixed(load_table(vllm_config).routes)
+    return hash_fixed(load_served_table(vllm_config).routes)
