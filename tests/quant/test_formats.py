@@ -114,11 +114,13 @@ def test_views_name_the_kernel_that_was_installed(served: Served) -> None:
             for expert in range(EXPERTS)
         }
         for module, method in own.items():
-            [part] = [part for part in shown[layer] if is_in(module, part)]
+            parts = [part for part in shown[layer] if is_in(module, part)]
+            assert parts  # several of an expert whose projections are in groups of several sizes
             of_experts = isinstance(method, CpuExpertsMethod) and "fused_experts_cpu"
-            installed = INSTALLED.get(type(method)) or of_experts
-            assert part.kernel.startswith(installed), (module, type(method), part)
-            assert (part.reason is not None) == served.table.routes[module].widened
+            kernel = INSTALLED.get(type(method)) or of_experts
+            is_widened = served.table.routes[module].widened
+            for part in parts:
+                assert (part.kernel, part.reason is not None) == (kernel, is_widened), module
 
 
 def is_in(module: str, part: Part) -> bool:
