@@ -2,8 +2,12 @@
 """What a start leaves in a mixed model's ``VllmConfig``; tests/engine starts engines."""
 
 import json
+import math
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,7 +180,7 @@ def test_weights_of_another_model_are_refused_where_the_plan_says_so(tmp_path: P
     strict = Options(weights_differ="error")
     compose(plan.model_copy(update={"options": strict}), tmp_path / "mixed")
     with pytest.raises(
-        PlanError, match=r"o_proj: source 'other': differs .*weights_differ to warn, and"
+        PlanError, match=r"o_proj: source 'other': differs .*weights_differ to warn in"
     ):
         engine_config(tmp_path / "mixed")
 
@@ -187,28 +191,48 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         engine_config(tmp_path / "mixed")
 
 
-@pytest.mark.parametrize("factor", [0.0, float("nan")])
-def test_broken_scales_are_refused_and_empty_ones_warned_of(
-    tmp_path: Path, warnings: list[str], factor: float
+@pytest.mark.parametrize(
+    ("factor", "count", "refused"),
+    [(0.0, 1, None), (0.0, None, "but scales"), (math.nan, 1, "NaN")],
+)
+def test_broken_scales_are_refused_and_single_empty_ones_warned_of(
+    tmp_path: Path, warnings: list[str], factor: float, count: int | None, refused: str | None
 ) -> None:
     latent = FIXTURES / "architectures" / "deepseek_v2"
     other = Path(shutil.copytree(latent / "fp8", tmp_path / "other"))
     for file in other.glob("*.safetensors"):
         tensors = load_file(file)
         for name, tensor in tensors.items():
-            if name.endswith(".o_proj.weight_scale_inv"):
-                tensor.view(-1)[0] *= factor
+            if name.endswith(".kv_b_proj.weight_scale_inv"):
+                tensor.view(-1)[:count] *= factor
         save_file(tensors, file)
     plan = make_plan(
-        latent / "bf16", {"other": other}, {"model.layers.*.self_attn.o_proj": "other"}
+        latent / "bf16", {"other": other}, {"model.layers.*.self_attn.kv_b_proj": "other"}
     )
     compose(plan, tmp_path / "mixed")
-    if factor == 0.0:
+    if refused is None:
         engine_config(tmp_path / "mixed")
-        assert any("o_proj.weight_scale_inv: " in line and "are zero" in line for line in warnings)
+        assert any(
+            "kv_b_proj.weight_scale_inv: " in line and "are zero" in line for line in warnings
+        )
         return
-    with pytest.raises(PlanError, match=r"o_proj\.weight_scale_inv: .* NaN or infinite scales"):
+    with pytest.raises(PlanError, match=rf"kv_b_proj\.weight_scale_inv: .*{refused}"):
         engine_config(tmp_path / "mixed")
+
+
+def test_damage_of_the_base_alone_is_warned_of(tmp_path: Path, warnings: list[str]) -> None:
+    base = write_base(tmp_path / "base")
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    tensors = read_base(base)
+    damaged = {
+        name: tensor * math.nan if ".self_attn.o_proj." in name else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(damaged, base / "model.safetensors")
+    rules = {"model.layers.*.self_attn.o_proj": "other"}
+    compose(make_plan(base, {"other": other}, rules), tmp_path / "mixed")
+    engine_config(tmp_path / "mixed")
+    assert any("base 'base' holds NaN" in line for line in warnings)
 
 
 def test_a_composed_plan_that_was_changed_is_refused(tmp_path: Path) -> None:
@@ -268,8 +292,23 @@ def resolve_as_worker(config: VllmConfig) -> None:
 
 
 def test_a_worker_resolves_what_was_checked(tmp_path: Path) -> None:
-    config = draft(tmp_path)
-    resolve_as_worker(config)
+    """In another process, where sets have another order."""
+    (tmp_path / "config").write_bytes(pickle.dumps(draft(tmp_path)))
+    code = """
+import pickle, sys
+from vllm.config import set_current_vllm_config
+config = pickle.load(open(sys.argv[1], "rb"))
+with set_current_vllm_config(config):
+    table = config.quant_config.table
+checked = config.load_config.model_loader_extra_config["mixprec_checked"]
+assert checked.files and checked.digests == table.digests()
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "config"],
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+        check=True,
+        timeout=300,
+    )
 
 
 def test_a_plan_that_is_edited_before_the_workers_read_it_is_refused(tmp_path: Path) -> None:
@@ -292,7 +331,7 @@ def test_a_shard_that_is_written_to_before_the_workers_read_it_is_refused(tmp_pa
     shutil.copy(file, tmp_path / "again")
     (tmp_path / "again").replace(file)
     describe_model(config)  # served is what was loaded, whose layout this has, too
-    with pytest.raises(CheckpointError, match="was replaced by another file"):
+    with pytest.raises(CheckpointError, match="not the file that was checked at the start"):
         resolve_as_worker(config)
 
 
@@ -304,3 +343,6 @@ def test_files_of_workers_on_other_machines_may_be_others(tmp_path: Path) -> Non
     shutil.copy(file, tmp_path / "again")
     (tmp_path / "again").replace(file)
     resolve_as_worker(config)
+    save_file(load_file(file), file, metadata={"written": "with another header"})
+    with pytest.raises(PlanError, match="is not what was checked"):
+        resolve_as_worker(config)

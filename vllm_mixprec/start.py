@@ -100,6 +100,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     if current_platform.is_cpu():
         keys["mixprec_cpu_flags"] = " ".join(dispatched_flags())
     vllm_config.additional_config = {**(vllm_config.additional_config or {}), **keys}
+    # Behind the draft, whose own loader would refuse what it does not know.
     note_checked(vllm_config, report.table)
 
 
@@ -225,7 +226,7 @@ def _compare_samples(
     """
     found = compare_samples(table, checkpoints)
     is_strict = table.plan.options.weights_differ == "error"
-    remedy = " If such weights are meant, set options.weights_differ to warn, and compose again."
+    remedy = " If this is meant, set options.weights_differ to warn in the plan."
     _refuse_errors(
         path,
         (

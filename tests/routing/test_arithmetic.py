@@ -9,6 +9,7 @@ import pytest
 from tests.routing.models import CPU, edit_json, make_plan, only
 from vllm_mixprec.routing import Report, check
 
+BY_TYPE = {"rope_theta": 1e4}  # of layers of one type
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 
 
@@ -48,6 +49,11 @@ def compare(models: Path, base: dict[str, Any], source: dict[str, Any]) -> Repor
             {"rope_parameters": None, "rope_theta": 10000, "rope_scaling": YARN},
             "factor is 4.0, not 8.0",
         ),
+        (
+            {"rope_parameters": {"full": BY_TYPE}},
+            {"rope_parameters": {"full": BY_TYPE | {"rope_theta": 5e6}}},
+            "full.rope_theta is 5000000.0, not 10000.0",
+        ),
     ],
 )
 def test_other_arithmetic_is_a_warning(
@@ -73,6 +79,12 @@ def test_other_arithmetic_is_a_warning(
             {"rope_parameters": {**YARN, "type": None, "rope_type": "yarn", "rope_theta": 1e4}},
             {"rope_parameters": None, "rope_theta": 10000, "rope_scaling": YARN},
         ),
+        # As vLLM and transformers spell them in the config that is served.
+        (
+            {"rope_parameters": {"rope_type": "mrope"}},
+            {"rope_parameters": {"rope_type": "default"}},
+        ),
+        ({"rope_parameters": {"full": BY_TYPE}}, {"rope_parameters": {"full": BY_TYPE | YARN}}),
     ],
 )
 def test_other_spelling_and_absence_are_none(

@@ -84,17 +84,8 @@ def require_unchanged(file: Path, descriptor: int, stamp: FileStamp | None) -> N
     Raises:
         CheckpointError: it was replaced, written to or cut short since.
     """
-    if stamp is not None:
-        require_same(file, _stamp(descriptor), stamp)
-
-
-def require_same(file: Path, found: FileStamp, stamp: FileStamp) -> None:
-    """Make sure that two stamps are of one state of a file.
-
-    Raises:
-        CheckpointError: it was replaced, written to or cut short since ``stamp`` was taken.
-    """
-    if found == stamp:
+    found = _stamp(descriptor)
+    if stamp is None or found == stamp:
         return
     if found.size_bytes < stamp.size_bytes:
         what = f"was cut short to {found.size_bytes} bytes, expected {stamp.size_bytes},"

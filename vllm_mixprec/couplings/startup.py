@@ -83,8 +83,8 @@ STARTUP: tuple[Coupling, ...] = (
     ),
     Coupling(
         "vllm.config:LoadConfig",
-        "names the load format",
-        members=("load_format", "use_tqdm_on_load"),
+        "names the load format, and carries to each worker what the start checked",
+        members=("load_format", "model_loader_extra_config", "use_tqdm_on_load"),
     ),
     Coupling(
         "vllm.config:ParallelConfig",
@@ -92,6 +92,8 @@ STARTUP: tuple[Coupling, ...] = (
         members=(
             "data_parallel_rank",
             "data_parallel_size",
+            "data_parallel_size_local",
+            "distributed_executor_backend",
             "enable_eplb",
             "enable_expert_parallel",
             "nnodes",

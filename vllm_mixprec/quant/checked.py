@@ -7,11 +7,9 @@ a hub's branch may move, and another machine may have other files.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_mixprec.checkpoint.files import FileStamp, require_same
-from vllm_mixprec.errors import PlanError
+from vllm_mixprec.errors import CheckpointError, PlanError
 from vllm_mixprec.routing import RouteTable
 
 if TYPE_CHECKING:
@@ -20,17 +18,22 @@ if TYPE_CHECKING:
 _KEY = "mixprec_checked"  # in LoadConfig.model_loader_extra_config, which reaches every worker
 
 
+# Those whose workers are on this machine, if it is the only one.
+_LOCAL_EXECUTORS = ("uni", "mp", "external_launcher")
+
+
 @dataclass(frozen=True)
 class _Checked:
     """What the front end found.
 
     Attributes:
         digests: what :meth:`RouteTable.digests` says.
-        stamps: of the shards that were here; of none where workers run on other machines, too.
+        files: the shards, each with its size and the time of its last change; None of one that was
+            not here. None where workers may have files of their own.
     """
 
     digests: dict[str, str]
-    stamps: dict[Path, FileStamp]
+    files: dict[str, tuple[int, int] | None] | None
 
 
 def note_checked(vllm_config: "VllmConfig", table: RouteTable) -> None:
@@ -39,12 +42,11 @@ def note_checked(vllm_config: "VllmConfig", table: RouteTable) -> None:
     is_one_machine = (
         parallel.nnodes == 1
         and parallel.data_parallel_size_local == parallel.data_parallel_size
-        and not parallel.use_ray
+        and parallel.distributed_executor_backend in _LOCAL_EXECUTORS
     )
-    load_config.model_loader_extra_config = {
-        **(load_config.model_loader_extra_config or {}),
-        _KEY: _Checked(table.digests(), _stamps(table) if is_one_machine else {}),
-    }
+    checked = _Checked(table.digests(), _files(table) if is_one_machine else None)
+    extra = load_config.model_loader_extra_config or {}
+    load_config.model_loader_extra_config = {**extra, _KEY: checked}
 
 
 def require_checked(vllm_config: "VllmConfig", table: RouteTable) -> None:
@@ -61,23 +63,32 @@ def require_checked(vllm_config: "VllmConfig", table: RouteTable) -> None:
         if found.get(source) != checked.digests.get(source):
             raise PlanError(
                 f"{table.plan.path}: what source {source!r} gives is not what was checked at the "
-                "start: the plan, the source's files or this machine's kernels are others; "
-                "expected the same in every process. Leave plans and checkpoints alone while they "
-                "are served, give all machines the same, and start again"
+                "start: the plan, the source's files or the kernels of this process's machine are "
+                "others, or a hub's branch has moved; expected the same in every process. Leave "
+                "plans and checkpoints alone while they are served, name a hub's commit as the "
+                "source's revision, give all machines the same, and start again"
             )
 
 
 def require_checked_files(vllm_config: "VllmConfig", table: RouteTable) -> None:
-    """Make sure that a table's shards are the files that the start checked, by their stamps.
+    """Make sure that a table's shards are the files that the start checked.
+
+    Told by size and time: a file system may number its files anew for another process.
 
     Raises:
-        CheckpointError: one was replaced or written to since.
+        CheckpointError: one was replaced or written to since, or is not the one that was checked.
     """
     checked = _checked(vllm_config)
-    if checked is not None:
-        for file, stamp in _stamps(table).items():
-            if file in checked.stamps:
-                require_same(file, stamp, checked.stamps[file])
+    if checked is None or checked.files is None:
+        return
+    for file, state in _files(table).items():
+        expected = checked.files.get(file, (-1, -1))
+        if expected is not None and state != expected:
+            raise CheckpointError(
+                f"{file}: not the file that was checked at the start, or written to since; its "
+                "tensors may be another model's. Leave checkpoints alone while they are loaded, "
+                "and start again"
+            )
 
 
 def _checked(vllm_config: "VllmConfig") -> _Checked | None:
@@ -85,6 +96,11 @@ def _checked(vllm_config: "VllmConfig") -> _Checked | None:
     return extra.get(_KEY) if isinstance(extra, dict) else None
 
 
-def _stamps(table: RouteTable) -> dict[Path, FileStamp]:
-    specs = (spec for route in table.routes.values() for spec in route.tensors.values())
-    return {spec.file: spec.stamp for spec in specs if spec.stamp is not None}
+def _files(table: RouteTable) -> dict[str, tuple[int, int] | None]:
+    stamps = {
+        spec.file: spec.stamp for route in table.routes.values() for spec in route.tensors.values()
+    }
+    return {
+        str(file): None if stamp is None else (stamp.size_bytes, stamp.modified_ns)
+        for file, stamp in stamps.items()
+    }

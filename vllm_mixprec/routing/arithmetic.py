@@ -30,7 +30,9 @@ _KEYS = (
     "topk_method",
 )
 _SAME_ACTIVATION = {"swish": "silu"}  # transformers, activations.py, ACT2FN
-_SAME_ROPE = {"su": "longrope"}  # modeling_rope_utils.py; the older name
+# transformers' modeling_rope_utils.py, the older name; vLLM's transformers_utils/config.py, which
+# spells the others so in the config that it serves.
+_SAME_ROPE = {"su": "longrope", "mrope": "default", "telchat3-yarn": "yarn"}
 
 
 def compare_arithmetic(plan: Plan, checkpoints: Mapping[str, Checkpoint], log: FindingLog) -> None:
@@ -87,7 +89,10 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         given = text.get(key)
         if isinstance(given, Mapping):
-            older |= {name: value for name, value in given.items() if value is not None}
+            for name, value in given.items():  # values, or such objects by a layer's type
+                inner = value if isinstance(value, Mapping) else {"": value}
+                prefix = f"{name}." if isinstance(value, Mapping) else name
+                older |= {f"{prefix}{key}": each for key, each in inner.items() if each is not None}
     kind = older.pop("type", None)
     kind = older.pop("rope_type", None) or kind
     return {**older, "rope_type": _SAME_ROPE.get(str(kind), kind)}

@@ -175,14 +175,16 @@ def scan(pair: Pair, table: RouteTable, log: FindingLog | None) -> Comparison | 
     noise2 = pair.inverse.noise2 if pair.inverse is not None else 0.0
     comparison = Comparison(rows, columns, noise2=noise2) if base is not None else None
     broken: dict[tuple[str, str], str] = {}
+    zeros: dict[str, set[bool]] = {}  # suffix of scales -> whether each is zero
     for low, high in pair.chunks:
         stored = source.read_rows(low, high)
         for suffix in SCALES:
             if source.scheme.is_quantized and suffix in stored:
-                found = _scale_problem(source.scheme, suffix, stored[suffix])
-                if found is not None:
-                    code, problem = found
-                    broken[suffix, code] = problem
+                values = scale_values(source.scheme, suffix, stored[suffix])
+                zeros.setdefault(suffix, set()).update((values == 0).unique().tolist())
+                problem = _scale_problem(source.scheme, values)
+                if problem is not None:
+                    broken[suffix, "scale-invalid"] = problem
         weight = source.dequantize(stored).reshape(high - low, columns)
         if not broken and not bool(weight.isfinite().all()):
             broken["weight", "weight-not-finite"] = "holds NaN or infinite weights"
@@ -196,6 +198,11 @@ def scan(pair: Pair, table: RouteTable, log: FindingLog | None) -> Comparison | 
             )
             continue
         _compare_rows(comparison, pair, low, stored, weight, base, base_stored, base_weight)
+    for suffix, found in zeros.items():
+        if True in found:
+            # Some exporters let that of a group underflow that is about zero; no weight is all so.
+            code, what = ("scale-zero", "") if False in found else ("scale-invalid", "nothing but ")
+            broken.setdefault((suffix, code), f"holds {what}scales that are zero")
     for (suffix, code), problem in broken.items():
         if log is not None:
             log.add(
@@ -209,19 +216,12 @@ def scan(pair: Pair, table: RouteTable, log: FindingLog | None) -> Comparison | 
     return None if broken else comparison
 
 
-def _scale_problem(scheme: Scheme, suffix: str, stored: torch.Tensor) -> tuple[str, str] | None:
-    """Return a code and what is wrong with scales.
-
-    Those of integers may be negative, as auto-round's are. A zero is right where all that it scales
-    is about zero: some exporters let the scale of such a group underflow.
-    """
-    values = scale_values(scheme, suffix, stored)
+def _scale_problem(scheme: Scheme, values: torch.Tensor) -> str | None:
+    """Say what is wrong with scales; those of integers may be negative, as auto-round's are."""
     if not bool(values.isfinite().all()):
-        return "scale-invalid", "holds NaN or infinite scales"
+        return "holds NaN or infinite scales"
     if scheme.group_size is None and bool((values < 0).any()):
-        return "scale-invalid", "holds negative scales"
-    if bool((values == 0).any()):
-        return "scale-zero", "holds scales that are zero"
+        return "holds negative scales"
     return None
 
 

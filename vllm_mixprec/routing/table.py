@@ -121,7 +121,8 @@ class RouteTable:
     def digests(self) -> dict[str, str]:
         """Return source -> SHA-256 over what it gives: each tensor's place, and how it is served.
 
-        Equal on all machines that hold the same checkpoints, in whatever directories.
+        Equal on all machines that hold the same files, in whatever directories; of a hub's its
+        commit counts, which its directory is named after.
         """
         spelt: dict[Scheme | Path, str] = {}
         found: dict[str, Any] = {}
@@ -133,7 +134,8 @@ class RouteTable:
             for suffix, spec in route.tensors.items():
                 file = spec.file
                 if file not in spelt:
-                    spelt[file] = f"{file.parent.name}/{file.name}"  # of a hub's with its commit
+                    is_hub = file.parent.parent.name == "snapshots"
+                    spelt[file] = f"{file.parent.name}/{file.name}" if is_hub else file.name
                 place = f"{spelt[file]} {spec.start} {spec.end} {spec.view}"
                 lines.append(f"{suffix} {spec.name} {spec.dtype} {spec.shape} {place}")
             digest = found.setdefault(route.source, hashlib.sha256())
