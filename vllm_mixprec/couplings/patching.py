@@ -40,6 +40,11 @@ PATCHING: tuple[Coupling, ...] = (
         family="cpu",
     ),
     Coupling(
+        "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead",
+        "is the class of the output head (tied_head)",
+        family="cpu",
+    ),
+    Coupling(
         "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo",
         "holds the kernel's tensors of a layer that is reloaded (amx_latent_attention), and how "
         "much came for it (tied_head)",

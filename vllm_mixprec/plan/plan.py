@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from vllm_mixprec.errors import PlanError
 from vllm_mixprec.plan.older import read_older
@@ -49,6 +57,14 @@ class Options(_Schema):
     mixed_fused: Literal["widen", "error"] = "widen"
     missing_kernel: Literal["dequantize", "error"] = "dequantize"
     weights_differ: Literal["warn", "error"] = "warn"
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans had no ``weights_differ`` when composed directories kept their hashes."""
+        content: dict[str, Any] = serialize(self)
+        if self.weights_differ == "warn":
+            content.pop("weights_differ", None)
+        return content
 
 
 class Rule(_Schema):
@@ -147,10 +163,7 @@ class Plan(_Schema):
         return text
 
     def _content(self) -> dict[str, Any]:
-        content = self.model_dump(exclude_none=True)
-        if self.options.weights_differ == "warn":  # plans had no such option when they were hashed
-            del content["options"]["weights_differ"]
-        return content
+        return self.model_dump(exclude_none=True)
 
 
 def _build(
