@@ -2,13 +2,14 @@
 """Damage checkpoints and plans in every way we could think of; count what then happens.
 
     python scripts/corrupt.py                 # some 750 checkpoints, 250 plans: five minutes
+    python scripts/corrupt.py --start-all     # starts what check refuses, too
     python scripts/corrupt.py --engine        # a third of them, and whole engines: six minutes
     python scripts/corrupt.py --check-only    # no vLLM: what check refuses; two minutes
     python scripts/corrupt.py --quick         # so, and one or two cases of each kind: seconds
 
 A sound model of three sources (BF16, FP8, GPTQ; tests/fixtures/random-moe) is copied, damaged (the
 package ``corruption`` beside), and given to ``vllm-mixprec check`` in a process of its own, forked
-for the case. What passes there is started, and every 40th of what is refused: vLLM's own
+for the case. What passes there is started, and of what is refused every 40th, or all: vLLM's own
 ``create_engine_config``, where the plug-in checks the plan, and ``get_model``, which builds vLLM's
 model class and loads it through our loader and its kernels' repacking. That is an engine's start up
 to where the key-value cache is made. Files that are to change while they are read are changed from
@@ -92,11 +93,11 @@ def run_checks(cases: list[Case], work: Path) -> None:
                 case.outcome = "harmless" if "itself" in case.kind else "WRONG"
 
 
-def run_starts(cases: list[Case], work: Path) -> None:
-    """Start what passed up to the loaded model, and a sample of what was refused."""
+def run_starts(cases: list[Case], work: Path, step: int) -> None:
+    """Start what passed up to the loaded model, and every so many of what was refused."""
     sound = run_sound(start_case, [work / "sound"] * 2, work / "flipped")
     refused = [case for case in cases if case.outcome == "refused" and case.moment != "check"]
-    sample = {id(case) for case in refused[::_SAMPLE]}
+    sample = {id(case) for case in refused[::step]}
     for case in cases:
         if case.outcome == "" or id(case) in sample:
             with written(case, work) as folder:
@@ -166,6 +167,7 @@ def main() -> int:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_true", help="a few cases a kind, check only")
     how.add_argument("--check-only", action="store_true", help="start nothing")
+    how.add_argument("--start-all", action="store_true", help="start what check refuses, too")
     how.add_argument("--engine", action="store_true", help="start whole engines, a case a kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", metavar="REGEX", help="kinds of such names")
@@ -185,7 +187,7 @@ def main() -> int:
         if arguments.engine:
             run_engines(cases, work)
         elif not (arguments.quick or arguments.check_only):
-            run_starts(cases, work)
+            run_starts(cases, work, 1 if arguments.start_all else _SAMPLE)
         cases = [case for case in cases if case.outcome]
     finally:
         shutil.rmtree(work, ignore_errors=True)

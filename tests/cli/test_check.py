@@ -180,5 +180,5 @@ def test_deep_reads_the_tensors(run, write_plan, tmp_path):
     assert run("check", plan, "--json").json["deep"] is False
     result = run("check", plan, "--deep", "--json")
     assert result.code == 1 and result.json["deep"] is True
-    assert [found["code"] for found in result.json["findings"]] == ["scale-invalid"]
+    assert [found["code"] for found in result.json["findings"]] == ["scale-zero"]
     assert "Reading tensors" in result.err

@@ -175,16 +175,15 @@ def scan(pair: Pair, table: RouteTable, log: FindingLog | None) -> Comparison | 
     noise2 = pair.inverse.noise2 if pair.inverse is not None else 0.0
     comparison = Comparison(rows, columns, noise2=noise2) if base is not None else None
     broken: dict[tuple[str, str], str] = {}
-    zeros: dict[str, set[bool]] = {}  # suffix of scales -> whether each is zero
     for low, high in pair.chunks:
         stored = source.read_rows(low, high)
         for suffix in SCALES:
             if source.scheme.is_quantized and suffix in stored:
                 values = scale_values(source.scheme, suffix, stored[suffix])
-                zeros.setdefault(suffix, set()).update((values == 0).unique().tolist())
-                problem = _scale_problem(source.scheme, values)
-                if problem is not None:
-                    broken[suffix, "scale-invalid"] = problem
+                found = _scale_problem(source.scheme, values)
+                if found is not None:
+                    code, problem = found
+                    broken[suffix, code] = problem
         weight = source.dequantize(stored).reshape(high - low, columns)
         if not broken and not bool(weight.isfinite().all()):
             broken["weight", "weight-not-finite"] = "holds NaN or infinite weights"
@@ -198,11 +197,6 @@ def scan(pair: Pair, table: RouteTable, log: FindingLog | None) -> Comparison | 
             )
             continue
         _compare_rows(comparison, pair, low, stored, weight, base, base_stored, base_weight)
-    for suffix, found in zeros.items():
-        if True in found:
-            # Some exporters let that of a group underflow that is about zero; no weight is all so.
-            code, what = ("scale-zero", "") if False in found else ("scale-invalid", "nothing but ")
-            broken.setdefault((suffix, code), f"holds {what}scales that are zero")
     for (suffix, code), problem in broken.items():
         if log is not None:
             log.add(
@@ -216,12 +210,18 @@ def scan(pair: Pair, table: RouteTable, log: FindingLog | None) -> Comparison | 
     return None if broken else comparison
 
 
-def _scale_problem(scheme: Scheme, values: torch.Tensor) -> str | None:
-    """Say what is wrong with scales; those of integers may be negative, as auto-round's are."""
+def _scale_problem(scheme: Scheme, values: torch.Tensor) -> tuple[str, str] | None:
+    """Return a code and what is wrong with scales.
+
+    Those of integers may be negative, as auto-round's are. A zero is right where all that it scales
+    is about zero: some exporters let the scale of such a group underflow.
+    """
     if not bool(values.isfinite().all()):
-        return "holds NaN or infinite scales"
+        return "scale-invalid", "holds NaN or infinite scales"
     if scheme.group_size is None and bool((values < 0).any()):
-        return "holds negative scales"
+        return "scale-invalid", "holds negative scales"
+    if bool((values == 0).any()):
+        return "scale-zero", "holds scales that are zero"
     return None
 
 
