@@ -181,3 +181,9 @@ def test_checkpoint_has_no_options_of_serving(run):
     result = run("inspect", MODELS / "fp8", "-tp", "2")
     assert result.code == 1 and result.out == ""
     assert "a checkpoint, expected a plan or a composed directory" in result.err
+
+
+def test_plan_that_cannot_be_served_so_is_refused(run, mixed_plan):
+    result = run("inspect", mixed_plan, "-pp", "5")
+    assert result.code == 1 and result.out == ""
+    assert "pipeline parallel size 5 is more than the model's" in result.err

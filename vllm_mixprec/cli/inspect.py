@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         PlanError: the plan of a composed directory is not the one that was composed, or a
             checkpoint was to be shown as it is served.
+        RouteError: the plan cannot be served so.
     """
     source = Path(arguments.source).expanduser()
     plan = source if source.is_file() else composed_plan(source)
@@ -83,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             if changed is not None:
                 raise PlanError(f"{plan}: {changed}")
             table = load_route_table(read, layout_of(arguments), arguments.platform)
+            table.bytes_per_rank()  # refuses layers that cannot be split over so many stages
         else:
             if arguments.platform is not None or layout_of(arguments) != Layout():
                 raise PlanError(
