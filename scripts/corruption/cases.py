@@ -89,6 +89,10 @@ def _of_kinds(
     ]
 
 
+# Each with its last bit flipped, but for E4M3's largest, which would be NaN.
+_OTHER_BYTES = bytes(byte if byte & 0x7F in (0x7E, 0x7F) else byte ^ 1 for byte in range(256))
+
+
 def write_sound(work: Path) -> None:
     """Write the sound model, another one with the same headers, and one with a bit flipped."""
     for folder in (work / "sound", work / OTHER):
@@ -101,7 +105,7 @@ def write_sound(work: Path) -> None:
         for name in header:
             if name.endswith("weight"):  # of indices and zero points the loader knows what is odd
                 start, end = header[name]["data_offsets"]
-                other[start:end] = bytes(byte ^ 1 for byte in data[start:end])
+                other[start:end] = data[start:end].translate(_OTHER_BYTES)
         join(work / OTHER / shard, header, bytes(other))
     for file in (work / "sound").rglob("*"):
         os.utime(file, (_LONG_AGO_S, _LONG_AGO_S))
