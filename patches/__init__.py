@@ -74,6 +74,7 @@ def patches() -> tuple[Patch, ...]:
     from vllm_mixprec.patches import (
         amx_latent_attention,
         amx_permission,
+        config_size,
         cpu_data_parallel,
         cpu_rotary,
         cpu_stages,
@@ -94,6 +95,7 @@ def patches() -> tuple[Patch, ...]:
     return (
         amx_latent_attention.PATCH,
         amx_permission.PATCH,
+        config_size.PATCH,
         cpu_data_parallel.PATCH,
         cpu_rotary.PATCH,
         cpu_stages.PATCH,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.routing.models import (
 )
 from vllm_mixprec.checkpoint import open_checkpoint
 from vllm_mixprec.composition import PLAN_FILE, ComposeRefused, compose
-from vllm_mixprec.errors import MixPrecError
+from vllm_mixprec.errors import CheckpointError, MixPrecError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import check, load_route_table
 
@@ -328,3 +329,11 @@ def test_old_directory_that_cannot_be_removed_is_named(
     with pytest.raises(MixPrecError, match=r"\.old: what stood .* the new directory is in place"):
         compose(make_plan(), tmp_path / "mixed")
     assert not (tmp_path / "mixed" / "sources" / "gptq").exists()
+
+
+def test_small_file_of_gigabytes_is_not_copied(models: Path, tmp_path: Path) -> None:
+    tokenizer = models / "bf16" / "tokenizer.json"
+    os.truncate(tokenizer, 1 << 40)
+    with pytest.raises(CheckpointError, match=f"{tokenizer}: 1099511627776 bytes, expected"):
+        compose(make_plan(*RULES, folder=models), tmp_path / "out" / "mixed")
+    assert not list((tmp_path / "out").iterdir())

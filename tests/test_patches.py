@@ -2,6 +2,7 @@
 """Every patch says whether this vLLM needs it, and does what it says; vLLM is left as it was."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import Module
+from transformers import GenerationConfig, PreTrainedConfig
 from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -26,10 +28,11 @@ from vllm.version import __version_tuple__
 from tests.loading.serving import Serving, make_plan, needs_cpu, serve, write_base
 from vllm_mixprec import compose
 from vllm_mixprec.cli import main
-from vllm_mixprec.errors import UnsupportedError
+from vllm_mixprec.errors import CheckpointError, UnsupportedError
 from vllm_mixprec.patches import (
     amx_permission,
     apply_patches,
+    config_size,
     cpu_rotary,
     cpu_stages,
     deepseek_mha_names,
@@ -364,6 +367,22 @@ def test_draft_under_stages_gets_both_patches(tmp_path: Path) -> None:
     apply_patches(config, ["GlmMoeDsaForCausalLM"])
     assert isinstance(GPUModelRunner.drafter, EagleProposer)
     assert getattr(CPUModelRunner, SYNC) is not cpu_stages._STOCK
+
+
+# What transformers reads.
+
+
+@pytest.mark.parametrize("owner", [PreTrainedConfig, GenerationConfig])
+def test_config_of_gigabytes_is_refused_unread(tmp_path: Path, owner: type) -> None:
+    config_size.PATCH.apply()
+    config_size.PATCH.apply()
+    name = "generation_config.json" if owner is GenerationConfig else "config.json"
+    file = tmp_path / name
+    file.write_text('{"num_beams": 3}')
+    owner.from_pretrained(tmp_path)
+    os.truncate(file, 1 << 40)
+    with pytest.raises(CheckpointError, match=f"{name}: 1099511627776 bytes, expected at most"):
+        owner.from_pretrained(tmp_path)
 
 
 # AMX.

@@ -57,6 +57,8 @@ COPIED_FILES = (
     "LICENSE*",
     "additional_chat_templates/*",
 )
+MAX_COPIED_BYTES = 1 << 30
+"""Of one such file. Tokenizers take tens of megabytes; a sparse file could fill the disk."""
 
 _SHOWN_ERRORS = 20
 
@@ -331,6 +333,12 @@ def _copy_files(base: Path, building: Path, base_folder: Path) -> None:
     """
     found = {file for pattern in COPIED_FILES for file in base.glob(pattern) if file.is_file()}
     for file in sorted(found):
+        size_bytes = file.stat().st_size
+        if size_bytes > MAX_COPIED_BYTES:
+            raise CheckpointError(
+                f"{file}: {size_bytes} bytes, expected at most {MAX_COPIED_BYTES} of a file that "
+                "is copied. Download the file again."
+            )
         name = file.relative_to(base)
         copy, link = building / name, base_folder / name
         copy.parent.mkdir(exist_ok=True)

@@ -49,7 +49,24 @@ def _register() -> None:
         ModelRegistry.register_model(name, f"vllm_mixprec.models.dense_dsa:{name}")
     _hook_start()
     worker_hook.apply()
+    _bound_configs()
     _mend_engine_core()
+
+
+def _bound_configs() -> None:
+    """Have a config of gigabytes refused, which is read before a plan is looked for.
+
+    Any model must start where this cannot be done: then it is read.
+    """
+    try:
+        from vllm_mixprec.patches import config_size
+
+        if config_size.needed():
+            config_size.apply()
+    except Exception:
+        from vllm.logger import init_logger
+
+        init_logger("vllm.mixprec").exception("a config.json is read whatever its size")
 
 
 def _mend_engine_core() -> None:

@@ -179,8 +179,14 @@ def test_plan_is_shown_as_the_options_have_it_served(run, mixed_plan):
 
 def test_checkpoint_has_no_options_of_serving(run):
     result = run("inspect", MODELS / "fp8", "-tp", "2")
-    assert result.code == 1 and result.out == ""
-    assert "a checkpoint, expected a plan or a composed directory" in result.err
+    assert result.code == 2 and result.out == ""
+    assert "is no plan and no composed directory" in result.err
+
+
+def test_plan_has_no_revision(run, mixed_plan):
+    result = run("inspect", mixed_plan, "--revision", "main")
+    assert result.code == 2 and result.out == ""
+    assert "a plan, whose sources name theirs" in result.err
 
 
 def test_plan_that_cannot_be_served_so_is_refused(run, mixed_plan):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a checkpoint's JSON files: its config, and the index that says where each tensor is."""
 
+from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -55,6 +56,19 @@ def tensors_by_shard(index: Path, container: Container) -> dict[str, list[str]]:
     return dict(sorted(by_shard.items()))
 
 
+def refuse_large_json(file: str | PathLike[str], size_bytes: int) -> None:
+    """Refuse a JSON file before it is read.
+
+    Raises:
+        CheckpointError: it is larger than any that is meant.
+    """
+    if size_bytes > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{file}: {size_bytes} bytes, expected at most {MAX_JSON_BYTES}. "
+            "Download the file again."
+        )
+
+
 def _stays_inside(shard: str, container: Container) -> bool:
     """Whether a shard's name, which a stranger may have written, stays in its directory."""
     parts = PurePosixPath(shard).parts
@@ -67,11 +81,7 @@ def _read(file: Path) -> bytes:
     try:
         descriptor, stamp = open_file(file)
         with open(descriptor, "rb") as stream:
-            if stamp.size_bytes > MAX_JSON_BYTES:
-                raise CheckpointError(
-                    f"{file}: {stamp.size_bytes} bytes, expected at most {MAX_JSON_BYTES}. "
-                    "Download the file again."
-                )
+            refuse_large_json(file, stamp.size_bytes)
             return stream.read(stamp.size_bytes)
     except OSError as error:
         raise CheckpointError(

@@ -70,12 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Describe the source, return 1 when something in it does not fit together.
 
     Raises:
-        PlanError: the plan of a composed directory is not the one that was composed, or a
-            checkpoint was to be shown as it is served.
+        PlanError: the plan of a composed directory is not the one that was composed.
         RouteError: the plan cannot be served so.
+        SystemExit: with code 2, of options that are not for such a source.
     """
     source = Path(arguments.source).expanduser()
     plan = source if source.is_file() else composed_plan(source)
+    _refuse_options(arguments, plan)
     with Progress() as progress:
         progress("reading headers", 0, 1)
         if plan is not None:
@@ -86,11 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
             table = load_route_table(read, layout_of(arguments), arguments.platform)
             table.bytes_per_rank()  # refuses layers that cannot be split over so many stages
         else:
-            if arguments.platform is not None or layout_of(arguments) != Layout():
-                raise PlanError(
-                    f"{arguments.source}: a checkpoint, expected a plan or a composed directory "
-                    "to show as it is served. Leave the options of serving out"
-                )
             path = resolve_path(arguments.source, arguments.revision, None)
             checkpoint = open_checkpoint(path)
     if plan is not None:
@@ -105,6 +101,20 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_checkpoint(checkpoint, problems)
     return 1 if problems else 0
+
+
+def _refuse_options(arguments: argparse.Namespace, plan: Path | None) -> None:
+    """Refuse what would change nothing of what is shown."""
+    if plan is not None and arguments.revision is not None:
+        arguments.parser.error(
+            f"--revision is of a hub id; {arguments.source} is a plan, whose sources name theirs"
+        )
+    is_served = arguments.platform is not None or layout_of(arguments) != Layout()
+    if plan is None and is_served:
+        arguments.parser.error(
+            f"{arguments.source} is no plan and no composed directory, which alone are shown as "
+            "they are served. Leave the options of serving out"
+        )
 
 
 def find_problems(checkpoint: Checkpoint) -> list[str]:

@@ -171,8 +171,9 @@ def _build(
 ) -> Plan:
     """Validate, then connect: every error of one stage is reported at once."""
     if not isinstance(data, Mapping):
+        found = "nothing" if data is None else show(data)
         raise PlanError(
-            f"{where(())}: found {show(data)}, expected a mapping with {_SHAPE}. Write them, or "
+            f"{where(())}: found {found}, expected a mapping with {_SHAPE}. Write them, or "
             "have vllm-mixprec plan write them."
         )
     older = read_older(data, where)
