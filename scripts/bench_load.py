@@ -106,6 +106,12 @@ class Child:
             raise RuntimeError(found["error"])
         return found
 
+    def end(self) -> None:
+        """Have the process end, which it does when nothing more can come."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
 
 def _worker_environment() -> dict[str, str]:
     """The environment that vLLM gives its CPU worker on this machine."""

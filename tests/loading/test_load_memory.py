@@ -34,8 +34,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
 
 
 @pytest.fixture(scope="module")
-def child() -> Child:
-    return Child()
+def child() -> Iterator[Child]:
+    started = Child()
+    yield started
+    started.end()
 
 
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
@@ -43,7 +45,7 @@ def child() -> Child:
 def test_peak_is_little_above_the_weights(
     models: dict[str, Path], child: Child, name: str, cold: bool
 ) -> None:
-    found = child.ask("load", models[name], cold)
+    found = child.ask("load", models[name], cold, plain=False)
     assert found["weight_bytes"] > CEILING_BYTES  # a second copy would be seen
     assert found["peak_bytes"] - found["weight_bytes"] <= CEILING_BYTES
 
