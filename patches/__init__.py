@@ -40,7 +40,7 @@ class Patch:
     broken: str
     mended: str
     needed: Callable[[], bool]
-    apply: Callable[[], None] | None
+    apply: Callable[[], object] | None
     remove_when: str
 
 

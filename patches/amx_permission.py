@@ -22,13 +22,20 @@ def needed() -> bool:
     return current_platform.is_cpu() and bool(torch.cpu._is_amx_tile_supported())
 
 
-def apply() -> None:
-    """Ask for this process, which may be done again; not asked for where there is none."""
-    if needed() and not torch.cpu._init_amx():
+def apply() -> bool:
+    """Ask for this process, which may be done again, and return whether it may use AMX.
+
+    Not asked for where there is none.
+    """
+    if not needed():
+        return False
+    allowed = bool(torch.cpu._init_amx())
+    if not allowed:
         logger.warning(
             "the CPU has AMX, and Linux refuses it to this process, which may end with an illegal "
             "instruction. Allow arch_prctl where this container's sandbox is set up"
         )
+    return allowed
 
 
 PATCH = Patch(

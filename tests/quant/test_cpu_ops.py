@@ -11,6 +11,7 @@ import vllm._C  # noqa: F401  registers the compiled kernels
 from vllm import _custom_ops as ops
 
 from vllm_mixprec.checkpoint.packing import pack
+from vllm_mixprec.patches import amx_permission
 from vllm_mixprec.quant import cpu_ops, cpu_probe, int4_blocks, methods
 from vllm_mixprec.quant.cpu_ops import ExpertKernel, mixed_experts
 from vllm_mixprec.quant.int4_blocks import Int4Layout, with_room
@@ -20,11 +21,16 @@ pytestmark = pytest.mark.skipif(
     detect_platform().name != "cpu-avx512", reason="needs AVX512_BF16 and AVX512_VNNI"
 )
 
+KERNELS = [
+    kernel
+    for kernel in ExpertKernel
+    if kernel is not ExpertKernel.BF16_AMX or amx_permission.apply()
+]
 HIDDEN, INNER = 256, 128
 # bf16 rounding of inputs and outputs; the int4 kernel also rounds activations to int8.
-BOUND = {kernel: 0.01 for kernel in ExpertKernel} | {ExpertKernel.INT4: 0.03}
-BLOCKS = {kernel: [0, 0] for kernel in ExpertKernel} | {ExpertKernel.FP8_BLOCK: [128, 128]}
-ALL_BLOCKS = [size for kernel in ExpertKernel for size in BLOCKS[kernel]]
+BOUND = {kernel: 0.01 for kernel in KERNELS} | {ExpertKernel.INT4: 0.03}
+BLOCKS = {kernel: [0, 0] for kernel in KERNELS} | {ExpertKernel.FP8_BLOCK: [128, 128]}
+ALL_BLOCKS = [size for kernel in KERNELS for size in BLOCKS[kernel]]
 
 
 def make_group(kernel, experts, seed):
@@ -33,8 +39,8 @@ def make_group(kernel, experts, seed):
     dense, stored = [], []
     for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
         weight = torch.randn(experts, n, k, generator=generator) / k**0.5
-        if kernel is ExpertKernel.BF16:
-            stored.append([cpu_ops.pack_plain(weight.bfloat16())])
+        if kernel in (ExpertKernel.BF16, ExpertKernel.BF16_AMX):
+            stored.append([cpu_ops.pack_weight(kernel, weight.bfloat16())])
             dense.append(weight.bfloat16().float())
         elif kernel is ExpertKernel.FP8_BLOCK:
             blocks = weight.view(experts, n // 128, 128, k // 128, 128)
@@ -81,6 +87,26 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("format", methods._CPU_KERNELS)
 def test_probe_trusts_every_kernel_here(format):
     assert cpu_probe.probe(*methods._CPU_KERNELS[format]) is None
+
+
+@pytest.mark.skipif(ExpertKernel.BF16_AMX not in KERNELS, reason="this CPU has no AMX")
+def test_bf16_runs_in_amx_where_the_cpu_has_it():
+    assert methods.bf16_kernel.__wrapped__() is ExpertKernel.BF16_AMX
+    weight = torch.randn(3, 64, 96).bfloat16()
+    expected = ops.cpu_prepack_moe_weight(weight, "amx")
+    packed = cpu_ops.pack_weight(ExpertKernel.BF16_AMX, weight)
+    assert packed.data_ptr() == weight.data_ptr()
+    assert torch.equal(packed.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.skipif(ExpertKernel.BF16_AMX not in KERNELS, reason="this CPU has no AMX")
+def test_a_kernel_for_amx_that_fails_its_probe_is_left_out_with_a_line(monkeypatch):
+    said = []
+    monkeypatch.setattr(methods.logger, "warning", lambda text, *given: said.append(text % given))
+    monkeypatch.setattr(methods, "probe", cpu_probe.probe.__wrapped__)
+    monkeypatch.setattr(cpu_probe.ops, "cpu_prepack_moe_weight", lambda weight, isa: weight.flip(1))
+    assert methods.bf16_kernel.__wrapped__() is ExpertKernel.BF16
+    assert ["lays its weights out otherwise" in line for line in said] == [True]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +318,7 @@ def test_probe_reports_a_kernel_that_is_missing(monkeypatch):
     assert "raised AttributeError" in cpu_probe.probe.__wrapped__(ExpertKernel.BF16)
 
 
-@pytest.mark.parametrize("kernel", ExpertKernel)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_one_group_matches_float32(kernel, tokens):
     w13, w2, packed = make_group(kernel, 4, 0)
@@ -309,13 +335,13 @@ def test_one_group_matches_float32(kernel, tokens):
 
 @pytest.fixture(scope="module")
 def all_groups():
-    """Experts 0 to 11 dealt to four formats in turn; expert 12 lives on another rank."""
-    experts, tensors, slots = {}, [], torch.full((2, 13), -1, dtype=torch.int32)
-    for number, kernel in enumerate(ExpertKernel):
+    """Three experts a kernel, dealt to the kernels in turn; the last lives on another rank."""
+    experts, tensors, slots = {}, [], torch.full((2, 3 * len(KERNELS) + 1), -1, dtype=torch.int32)
+    for number, kernel in enumerate(KERNELS):
         w13, w2, packed = make_group(kernel, 3, 10 + number)
         tensors += packed
         for slot in range(3):
-            expert = len(ExpertKernel) * slot + number
+            expert = len(KERNELS) * slot + number
             experts[expert] = (w13[slot], w2[slot])
             slots[0, expert], slots[1, expert] = number, slot
     return experts, tensors, slots
@@ -326,16 +352,16 @@ def test_all_formats_in_one_layer_match_float32(all_groups, tokens):
     experts, tensors, slots = all_groups
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
-    ids = torch.rand(tokens, 13, generator=generator).argsort(1)[:, :4]
+    ids = torch.rand(tokens, slots.shape[1], generator=generator).argsort(1)[:, :4]
     weights = torch.rand(tokens, 4, generator=generator)
-    out = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), ALL_BLOCKS)
+    out = mixed_experts(x, weights, ids, slots, tensors, KERNELS, ALL_BLOCKS)
     expected = expected_output(x, weights, ids, experts)
     assert relative_error(out, expected) < BOUND[ExpertKernel.INT4]
     # Negative control: the same comparison with one expert's slot shifted.
     wrong = slots.clone()
-    chosen = next(expert for expert in ids[0].tolist() if expert != 12)
+    chosen = next(expert for expert in ids[0].tolist() if expert in experts)
     wrong[1, chosen] = (wrong[1, chosen] + 1) % 3
-    out = mixed_experts(x, weights, ids, wrong, tensors, list(ExpertKernel), ALL_BLOCKS)
+    out = mixed_experts(x, weights, ids, wrong, tensors, KERNELS, ALL_BLOCKS)
     assert relative_error(out, expected) > BOUND[ExpertKernel.INT4]
 
 
@@ -343,14 +369,14 @@ def test_all_formats_in_one_layer_match_float32(all_groups, tokens):
 def test_tokens_without_a_local_expert_give_zero(all_groups, tokens):
     _, tensors, slots = all_groups
     x = torch.randn(tokens, HIDDEN).bfloat16()
-    ids = torch.full((tokens, 2), 12)
+    ids = torch.full((tokens, 2), slots.shape[1] - 1)
     out = mixed_experts(
         x,
         torch.ones(tokens, 2),
         ids,
         slots,
         tensors,
-        list(ExpertKernel),
+        KERNELS,
         ALL_BLOCKS,
     )
     assert out.shape == x.shape and not out.any()
@@ -362,7 +388,7 @@ def test_strided_inputs_give_the_contiguous_result(all_groups):
     x = torch.randn(6, 2 * HIDDEN).bfloat16()[:, ::2]
     ids = torch.stack([torch.randperm(12)[:4] for _ in range(6)])[:, ::2]
     weights = torch.rand(6, 4)[:, ::2]
-    out = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), ALL_BLOCKS)
+    out = mixed_experts(x, weights, ids, slots, tensors, KERNELS, ALL_BLOCKS)
     expected = expected_output(x, weights, ids, experts)
     assert relative_error(out, expected) < BOUND[ExpertKernel.INT4]
 
@@ -372,10 +398,10 @@ def test_the_op_compiles_with_dynamic_tokens(all_groups):
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def layer(x, weights, ids):
-        return mixed_experts(x * 1, weights, ids, slots, tensors, list(ExpertKernel), ALL_BLOCKS)
+        return mixed_experts(x * 1, weights, ids, slots, tensors, KERNELS, ALL_BLOCKS)
 
     for tokens in (3, 5):
         x, weights = torch.randn(tokens, HIDDEN).bfloat16(), torch.rand(tokens, 2)
         ids = torch.stack([torch.randperm(12)[:2] for _ in range(tokens)])
-        plain = mixed_experts(x, weights, ids, slots, tensors, list(ExpertKernel), ALL_BLOCKS)
+        plain = mixed_experts(x, weights, ids, slots, tensors, KERNELS, ALL_BLOCKS)
         assert torch.equal(layer(x, weights, ids), plain)

@@ -93,4 +93,28 @@ KERNELS: tuple[Coupling, ...] = (
         ),
         family="cpu-avx512",
     ),
+    Coupling(
+        "vllm._custom_ops:cpu_prepack_moe_weight",
+        "reorders bf16 weights for AMX; compared with what is done in its place",
+        ("weight", "isa"),
+        family="cpu-avx512",
+    ),
+    Coupling(
+        "torch:ops._C.cpu_fused_moe",
+        "runs bf16 experts with AMX",
+        (
+            "output",
+            "input",
+            "w13",
+            "w2",
+            "w13_bias",
+            "w2_bias",
+            "topk_weights",
+            "topk_id",
+            "skip_weighted",
+            "act",
+            "isa",
+        ),
+        family="cpu-avx512",
+    ),
 )

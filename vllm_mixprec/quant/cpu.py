@@ -21,6 +21,7 @@ from vllm_mixprec.quant.cpu_ops import (
     clear_zero_tiles,
     mixed_experts,
     pack_plain,
+    pack_weight,
 )
 from vllm_mixprec.quant.expert_parameters import (
     ExpertSizes,
@@ -159,10 +160,21 @@ class CpuInPlaceExpertsMethod(CpuExpertsMethod):
 
 
 class CpuBf16ExpertsMethod(CpuInPlaceExpertsMethod):
-    """bf16 experts; about twice as fast as the "vec" kernel that stock vLLM takes without AMX."""
+    """bf16 experts; about twice as fast as the "vec" kernel that stock vLLM takes without AMX.
 
-    kernel = ExpertKernel.BF16
+    With AMX the kernel is stock's.
+    """
+
     names = ("w13_weight", "w2_weight")
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        layer: "RoutedExperts",
+        kernel: ExpertKernel = ExpertKernel.BF16,
+    ) -> None:
+        super().__init__(scheme, layer)
+        self.kernel = kernel
 
     def create_weights(
         self,
@@ -177,7 +189,7 @@ class CpuBf16ExpertsMethod(CpuInPlaceExpertsMethod):
         create_plain(layer, sizes, params_dtype, extra_weight_attrs)
 
     def pack_in_place(self, weight: torch.Tensor) -> None:
-        pack_plain(weight)
+        pack_weight(self.kernel, weight)
 
 
 class CpuFp8ExpertsMethod(CpuInPlaceExpertsMethod):

@@ -24,7 +24,6 @@ _WORD, _PAIR = np.uint32, np.uint64
 # The even codes of a word's eight, the even bytes of its four, and its lower half.
 _EVEN_CODES, _EVEN_BYTES, _LOWER = _WORD(0x0F0F0F0F), _WORD(0x00FF00FF), _WORD(0xFFFF)
 _FOUR, _EIGHT, _SIXTEEN = _WORD(4), _WORD(8), _WORD(16)
-_BLOCK_ROWS = 32
 _PADDING = 16  # units; rows a power of two apart would lie in the same few lines of the cache
 
 
@@ -52,18 +51,19 @@ _inlined = numba.njit(inline="always")
 
 
 @_compiled
-def turn_blocks(units):
-    """Transpose each 32 rows of a matrix where they are, the last block whatever rows are left.
+def turn_blocks(units, block_rows):
+    """Transpose each few rows of a matrix where they are, the last block whatever rows are left.
 
     Args:
         units: unsigned (N, K / 2), two neighbouring weights each: of bfloat16 uint32, of FP8
-            uint16. Written: blocks of (K / 2, 32).
+            uint16. Written: blocks of (K / 2, block_rows).
+        block_rows: rows of a block.
     """
     n, columns = units.shape
-    stored = np.empty((_BLOCK_ROWS, columns + _PADDING), units.dtype)
+    stored = np.empty((block_rows, columns + _PADDING), units.dtype)
     written = units.reshape(n * columns)
-    for first in range(0, n, _BLOCK_ROWS):
-        rows = min(_BLOCK_ROWS, n - first)
+    for first in range(0, n, block_rows):
+        rows = min(block_rows, n - first)
         for row in range(rows):
             for column in range(columns):
                 stored[row, column] = units[first + row, column]

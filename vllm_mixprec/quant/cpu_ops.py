@@ -3,6 +3,7 @@
 
 vLLM 0.32 ships ``fused_experts_cpu`` (csrc/cpu/sgl-kernels/moe.cpp) for bf16, FP8 and int4 weights
 but offers it only on CPUs with AMX tiles. The kernels themselves run on AVX512_BF16 without AMX;
+where there is AMX, bf16 runs faster in ``cpu_fused_moe`` (csrc/cpu/cpu_fused_moe.cpp).
 :mod:`.cpu_probe` runs each on a known case before it is trusted. Their traps, all avoided here: an
 expert id of -1 crashes them, an empty batch divides by zero, and non-contiguous ids or weights give
 wrong results without an error.
@@ -26,6 +27,8 @@ class ExpertKernel(IntEnum):
     INT4 = 3
     FP8_CHANNEL = 100
     """``fused_experts_cpu`` has FP8 in blocks only: run by the linear kernel, expert by expert."""
+    BF16_AMX = 101
+    """By ``cpu_fused_moe``, as stock vLLM runs them where there is AMX."""
 
 
 # How many tensors a group passes to the op: w13, w2, then scales, then zero points.
@@ -34,14 +37,17 @@ _TENSORS: dict[int, int] = {
     ExpertKernel.FP8_BLOCK: 4,
     ExpertKernel.INT4: 6,
     ExpertKernel.FP8_CHANNEL: 4,
+    ExpertKernel.BF16_AMX: 2,
 }
 
-_BLOCK_ROWS = 32  # output features that a blocked int4 weight has together
+_AMX = "amx"
+_AMX_ROWS = 16  # of a tile
+_BLOCK_ROWS = 32  # output features that a packed weight has together
 _FP8_BLOCK_COLUMNS = 128
 _MAGNITUDES = 0x7F7F7F7F7F7F7F7F  # of eight E4M3 codes: all but their signs
 
 
-def pack_plain(weight: torch.Tensor) -> torch.Tensor:
+def pack_plain(weight: torch.Tensor, block_rows: int = _BLOCK_ROWS) -> torch.Tensor:
     """Reorder bf16 or E4M3 weights, (N, K) or (experts, N, K), for the kernel, and return them.
 
     As vLLM's ``convert_weight_packed`` does, but where they are: a copy of a layer's experts would
@@ -51,8 +57,13 @@ def pack_plain(weight: torch.Tensor) -> torch.Tensor:
 
     pair = np.dtype(f"uint{16 * weight.itemsize}")
     for matrix in weight.view(torch.uint8).view(-1, *weight.view(torch.uint8).shape[-2:]):
-        turn_blocks(matrix.numpy().view(pair))
+        turn_blocks(matrix.numpy().view(pair), block_rows)
     return weight
+
+
+def pack_weight(kernel: ExpertKernel, weight: torch.Tensor) -> torch.Tensor:
+    """Reorder bf16 or E4M3 weights for one kernel, as :func:`pack_plain` does."""
+    return pack_plain(weight, _AMX_ROWS if kernel is ExpertKernel.BF16_AMX else _BLOCK_ROWS)
 
 
 def clear_zero_tiles(
@@ -134,6 +145,9 @@ def _run(
     if kernel == ExpertKernel.FP8_CHANNEL:
         return _run_one_by_one(x, weights, ids, tensors)
     out = torch.empty_like(x)
+    if kernel == ExpertKernel.BF16_AMX:
+        torch.ops._C.cpu_fused_moe(out, x, *tensors, None, None, weights, ids, False, "silu", _AMX)
+        return out
     scales = tensors[2:4] if len(tensors) > 2 else (None, None)
     zeros = tensors[4:6] if len(tensors) > 4 else (None, None)
     # The dispatcher is called directly: the Python wrapper of vLLM costs as much again per call.

@@ -13,6 +13,8 @@ from vllm_mixprec.quant import cpu_int4_w16, cpu_ops, int4_blocks
 from vllm_mixprec.quant.cpu_ops import ExpertKernel
 from vllm_mixprec.quant.int4_blocks import Int4Layout
 
+_BF16 = (ExpertKernel.BF16, ExpertKernel.BF16_AMX)
+
 
 @cache
 def probe(kernel: ExpertKernel, layout: Int4Layout | None = None) -> str | None:
@@ -25,9 +27,7 @@ def probe(kernel: ExpertKernel, layout: Int4Layout | None = None) -> str | None:
     # A worker calls this while it builds the model, under the model's default dtype and device.
     with set_default_torch_dtype(torch.float32), torch.device("cpu"):
         try:
-            if not (
-                _is_turned_as_vllm_does() if layout is None else _is_blocked_as_vllm_does(layout)
-            ):
+            if not _is_packed_as_vllm_does(kernel, layout):
                 return "vLLM lays its weights out otherwise than is known here"
             # With more than four tokens, those that have AMX or its like take another way.
             error = max(_probe(kernel, layout, tokens) for tokens in (3, 40))
@@ -99,8 +99,9 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None, tokens: int) -> floa
     weights = torch.rand(tokens, 2, generator=generator)
     w13, stored13 = _probe_weights(kernel, layout, 2 * inner, hidden, generator)
     w2, stored2 = _probe_weights(kernel, layout, hidden, inner, generator)
-    linear = _pack(layout, [tensor[0].clone() for tensor in stored13])  # packing may be in place
-    packed = zip(_pack(layout, stored13), _pack(layout, stored2), strict=True)
+    # Packing may be in place.
+    linear = _pack(kernel, layout, [tensor[0].clone() for tensor in stored13])
+    packed = zip(_pack(kernel, layout, stored13), _pack(kernel, layout, stored2), strict=True)
     block = [128, 128] if kernel is ExpertKernel.FP8_BLOCK else [0, 0]
     tensors = [tensor for pair in packed for tensor in pair]
     out = cpu_ops.mixed_experts(x, weights, ids, None, tensors, [kernel], block)
@@ -111,7 +112,7 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None, tokens: int) -> floa
             act = torch.nn.functional.silu(gate) * up
             expected[token] += weights[token, choice] * (w2[expert] @ act)
     error = ((out.float() - expected).norm() / expected.norm()).item()
-    if kernel is ExpertKernel.BF16:  # vLLM's own linear serves bf16
+    if kernel in _BF16:  # vLLM's own linear serves bf16
         return error
     if kernel is ExpertKernel.FP8_BLOCK:
         out = cpu_ops.fp8_linear(x, *linear, block)
@@ -121,6 +122,22 @@ def _probe(kernel: ExpertKernel, layout: Int4Layout | None, tokens: int) -> floa
         out = cpu_ops.int4_linear(x, *linear)
     expected = x.float() @ w13[0].T
     return max(error, ((out.float() - expected).norm() / expected.norm()).item())
+
+
+def _is_packed_as_vllm_does(kernel: ExpertKernel, layout: Int4Layout | None) -> bool:
+    if layout is not None:
+        return _is_blocked_as_vllm_does(layout)
+    return (
+        _is_tiled_as_vllm_does() if kernel is ExpertKernel.BF16_AMX else _is_turned_as_vllm_does()
+    )
+
+
+def _is_tiled_as_vllm_does() -> bool:
+    """Compare what is packed for AMX with vLLM's own, byte by byte."""
+    weight = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = ops.cpu_prepack_moe_weight(weight, "amx")
+    packed = cpu_ops.pack_weight(ExpertKernel.BF16_AMX, weight)
+    return torch.equal(packed.view(torch.uint8), expected.view(torch.uint8))
 
 
 def _is_turned_as_vllm_does() -> bool:
@@ -153,11 +170,13 @@ def _is_blocked_as_vllm_does(layout: Int4Layout) -> bool:
     return True
 
 
-def _pack(layout: Int4Layout | None, stored: list[torch.Tensor]) -> list[torch.Tensor]:
+def _pack(
+    kernel: ExpertKernel, layout: Int4Layout | None, stored: list[torch.Tensor]
+) -> list[torch.Tensor]:
     if layout is not None:
         weight, scale, zero = stored
         return list(int4_blocks.pack_int4(weight, scale, zero, layout))
-    return [cpu_ops.pack_plain(stored[0]), *stored[1:]]
+    return [cpu_ops.pack_weight(kernel, stored[0]), *stored[1:]]
 
 
 def _probe_weights(
@@ -169,7 +188,7 @@ def _probe_weights(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return two experts' float32 weights (2, n, k) and the tensors a checkpoint holds of them."""
     weight = torch.randn(2, n, k, generator=generator)
-    if kernel is ExpertKernel.BF16:
+    if kernel in _BF16:
         weight = (weight / k**0.5).bfloat16()
         return weight.float(), [weight]
     if kernel is ExpertKernel.FP8_BLOCK:

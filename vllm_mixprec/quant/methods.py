@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.errors import UnsupportedError
+from vllm_mixprec.patches import amx_permission
 from vllm_mixprec.quant import cpu, cpu_linear
 from vllm_mixprec.quant.cpu_ops import ExpertKernel
 from vllm_mixprec.quant.cpu_probe import probe, probe_int4_w16
@@ -46,7 +47,6 @@ _CPU_LINEAR = {
     (INT4_W16, "awq"): cpu_linear.CpuInt4W16LinearMethod,
 }
 _CPU_EXPERTS = {
-    "bf16": cpu.CpuBf16ExpertsMethod,
     "fp8_block": cpu.CpuFp8ExpertsMethod,
     "fp8_channel": cpu.CpuFp8ChannelExpertsMethod,
     "gptq": cpu.CpuInt4ExpertsMethod,
@@ -86,6 +86,8 @@ def experts_method(
 ) -> FusedMoEMethodBase:
     """Return the method of routed experts that are all of ``scheme``."""
     if platform.name == "cpu-avx512" and (scheme.is_quantized or _fast_bf16(scheme, layer)):
+        if scheme.format == "bf16":
+            return cpu.CpuBf16ExpertsMethod(scheme, layer, bf16_kernel())
         return _CPU_EXPERTS[scheme.format](scheme, layer)
     moe = layer.moe_config
     if not scheme.is_quantized:
@@ -117,6 +119,21 @@ def _fast_bf16(scheme: Scheme, layer: "RoutedExperts") -> bool:
         and moe.intermediate_size_per_partition % 32 == 0
         and kernel_problem("bf16") is None
     )
+
+
+@cache
+def bf16_kernel() -> ExpertKernel:
+    """The kernel of bf16 experts: that for AMX where the CPU has it, or a line that says why not.
+
+    It takes 0.8 to 0.95 of the other's time (1 to 512 tokens, two cores of an Intel Xeon).
+    """
+    if not amx_permission.apply():
+        return ExpertKernel.BF16
+    problem = probe(ExpertKernel.BF16_AMX)
+    if problem is None:
+        return ExpertKernel.BF16_AMX
+    logger.warning("bf16 experts are run without this vLLM's kernel for AMX: %s", problem)
+    return ExpertKernel.BF16
 
 
 @cache
