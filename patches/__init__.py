@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defects of vLLM that are mended here, one module each.
+"""Defects of vLLM, and one of transformers, that are mended here, one module each.
 
 :func:`patches` is the whole list. Each says what is broken, how it is mended, how to tell whether
 the installed vLLM has it, and when its module can be deleted. ``vllm-mixprec doctor`` prints their

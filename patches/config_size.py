@@ -10,7 +10,7 @@ import inspect
 import os
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig
+import transformers
 
 from vllm_mixprec.checkpoint.json_files import refuse_large_json
 from vllm_mixprec.patches import Patch
@@ -18,8 +18,8 @@ from vllm_mixprec.patches import Patch
 _METHOD = "_dict_from_json_file"
 _STOCK = {
     owner: vars(owner)[_METHOD]
-    for owner in (PreTrainedConfig, GenerationConfig)
-    if isinstance(vars(owner).get(_METHOD), classmethod)
+    for name in ("PreTrainedConfig", "GenerationConfig")
+    if isinstance(vars(owner := getattr(transformers, name, object)).get(_METHOD), classmethod)
 }
 
 

@@ -154,9 +154,10 @@ def ratios(rounds: list[dict[str, dict[str, float]]], key: str) -> dict[str, lis
     for times in rounds:
         ms = {name: values[key] for name, values in times.items()}
         for name in ("bf16", "fp8", "int4", "fp8 experts", "int4 experts"):
-            found.setdefault(f"{name} over {STOCK}", []).append(ms[STOCK] / ms[name])
+            if name in ms:
+                found.setdefault(f"{name} over {STOCK}", []).append(ms[STOCK] / ms[name])
         for name, (experts, _) in MODELS.items():
-            if len(experts) > 1:
+            if len(experts) > 1 and {name, *(_ALONE[source] for source in experts)} <= ms.keys():
                 expected = statistics.fmean(ms[_ALONE[source]] for source in experts)
                 found.setdefault(f"{name} over its formats' mean", []).append(expected / ms[name])
     return found
@@ -201,9 +202,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small model and few tokens")
     parser.add_argument("--rounds", type=int, help="default 7, with --quick 3")
+    parser.add_argument(
+        "--only",
+        metavar="NAME,...",
+        type=lambda text: text.split(","),
+        default=list(MODELS),
+        help=f"some of {', '.join(MODELS)}; an engine takes 2 to 3 GB",
+    )
     parser.add_argument("--models", type=Path, help="folder of the models (default runs/synthetic)")
     parser.add_argument("--json", type=Path, help="default runs/bench_decode[_quick].json")
     options = parser.parse_args()
+    if unknown := set(options.only) - MODELS.keys():
+        parser.error(f"--only {', '.join(unknown)}, expected some of {', '.join(MODELS)}")
     n_rounds = options.rounds or (3 if options.quick else 7)
     decode_tokens, prompt_tokens = (16, 128) if options.quick else (48, 512)
     folder = options.models or (ROOT / "runs" / "synthetic-quick" if options.quick else DEFAULT)
@@ -213,7 +223,8 @@ def main() -> None:
 
     paths = write_models(folder, shape)
     served = {STOCK: paths["bf16"]}
-    for name, (experts, dense) in MODELS.items():
+    for name in options.only:
+        experts, dense = MODELS[name]
         mix = folder / "mixed" / name.replace(" ", "")
         served[name] = compose_mix(mix, paths, experts, dense)
     machine = describe_machine()
@@ -223,7 +234,7 @@ def main() -> None:
     requests = Requests(shape.vocab)
     try:
         # Stock last: the plug-in must be in this process before a plain engine is started.
-        for name in [*MODELS, STOCK]:
+        for name in [*options.only, STOCK]:
             begun = time.perf_counter()
             engines[name] = start_engine(served[name], prompt_tokens + 64, plain=name == STOCK)
             print(f"{name}: started in {time.perf_counter() - begun:.0f} s", flush=True)

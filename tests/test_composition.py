@@ -16,7 +16,7 @@ from tests.routing.models import (
     only,
 )
 from vllm_mixprec.checkpoint import open_checkpoint
-from vllm_mixprec.composition import PLAN_FILE, ComposeRefused, compose
+from vllm_mixprec.composition import PLAN_FILE, ComposeRefused, compose, composed_quantization
 from vllm_mixprec.errors import CheckpointError, MixPrecError
 from vllm_mixprec.plan import Plan
 from vllm_mixprec.routing import check, load_route_table
@@ -337,3 +337,10 @@ def test_small_file_of_gigabytes_is_not_copied(models: Path, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=f"{tokenizer}: 1099511627776 bytes, expected"):
         compose(make_plan(*RULES, folder=models), tmp_path / "out" / "mixed")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_config_of_gigabytes_is_no_composed_directory(tmp_path: Path) -> None:
+    """Every command asks so of what it is given, before anything else."""
+    (tmp_path / "config.json").touch()
+    os.truncate(tmp_path / "config.json", 1 << 40)
+    assert composed_quantization(tmp_path) is None

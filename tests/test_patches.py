@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.version import __version_tuple__
 
 from tests.loading.serving import Serving, make_plan, needs_cpu, serve, write_base
-from vllm_mixprec import compose
+from vllm_mixprec import compose, plugin
 from vllm_mixprec.cli import main
 from vllm_mixprec.errors import CheckpointError, UnsupportedError
 from vllm_mixprec.patches import (
@@ -59,6 +59,8 @@ def stock_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layerwise, "_place_kernel_tensors", tied_head._STOCK)
     monkeypatch.setattr(GPUModelRunner, "drafter", None, raising=False)
     monkeypatch.delattr(GPUModelRunner, "drafter")
+    for owner, stock in config_size._STOCK.items():
+        monkeypatch.setattr(owner, config_size._METHOD, stock)
 
 
 @pytest.fixture(scope="module")
@@ -374,8 +376,8 @@ def test_draft_under_stages_gets_both_patches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("owner", [PreTrainedConfig, GenerationConfig])
 def test_config_of_gigabytes_is_refused_unread(tmp_path: Path, owner: type) -> None:
-    config_size.PATCH.apply()
-    config_size.PATCH.apply()
+    plugin._bound_configs()
+    plugin._bound_configs()
     name = "generation_config.json" if owner is GenerationConfig else "config.json"
     file = tmp_path / name
     file.write_text('{"num_beams": 3}')

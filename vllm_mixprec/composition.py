@@ -16,6 +16,7 @@ import msgspec
 
 from vllm_mixprec.checkpoint.hub import fetch
 from vllm_mixprec.checkpoint.index import Checkpoint, local_path
+from vllm_mixprec.checkpoint.json_files import read_config
 from vllm_mixprec.checkpoint.shards import SAFETENSORS, Shards, keep_headers
 from vllm_mixprec.errors import CheckpointError, MixPrecError, RouteError
 from vllm_mixprec.plan.plan import Plan
@@ -138,10 +139,9 @@ def composed_plan(directory: Path) -> Path | None:
 def composed_quantization(directory: Path) -> dict[str, Any] | None:
     """Return ``quantization_config`` of a directory that compose made; None of any other path."""
     try:
-        config = json.loads((directory / "config.json").read_bytes())
-        quantization: dict[str, Any] = config["quantization_config"]
+        quantization: dict[str, Any] = read_config(directory)["quantization_config"]
         return quantization if quantization["quant_method"] == QUANT_METHOD else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError, TypeError):
         return None  # whoever opens it as something else says what is wrong
 
 

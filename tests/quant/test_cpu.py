@@ -12,6 +12,7 @@ from tests.loading.serving import moe_layers, serve, write_base
 from vllm_mixprec.checkpoint import Scheme
 from vllm_mixprec.errors import UnsupportedError
 from vllm_mixprec.quant import cpu
+from vllm_mixprec.quant.cpu_ops import ExpertKernel
 from vllm_mixprec.quant.experts import MixedExpertsMethod
 from vllm_mixprec.quant.methods import experts_method
 from vllm_mixprec.routing import ExpertGroup
@@ -102,6 +103,12 @@ def test_stock_experts_over_expert_parallel_ranks_are_refused(
     monkeypatch.setattr(experts.moe_config, "moe_parallel_config", parallel)
     made = experts_method(BF16, AVX512, experts, experts.layer_name)
     assert isinstance(made, cpu.CpuBf16ExpertsMethod)
+    assert made.kernel is ExpertKernel.BF16
+    made = experts_method(BF16, replace(AVX512, has_amx=True), experts, experts.layer_name)
+    assert made.kernel is ExpertKernel.BF16_AMX
+    monkeypatch.setattr(experts.moe_config, "num_experts", 1 << 24)  # more than 31 bits can count
+    made = experts_method(BF16, replace(AVX512, has_amx=True), experts, experts.layer_name)
+    assert made.kernel is ExpertKernel.BF16
     monkeypatch.setattr(experts, "swiglu_limit", 7.0)
     with pytest.raises(UnsupportedError, match=r"--enable-expert-parallel with vLLM's own CPU"):
         experts_method(BF16, AVX512, experts, experts.layer_name)

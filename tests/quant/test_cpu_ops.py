@@ -89,24 +89,58 @@ def test_probe_trusts_every_kernel_here(format):
     assert cpu_probe.probe(*methods._CPU_KERNELS[format]) is None
 
 
-@pytest.mark.skipif(ExpertKernel.BF16_AMX not in KERNELS, reason="this CPU has no AMX")
-def test_bf16_runs_in_amx_where_the_cpu_has_it():
-    assert methods.bf16_kernel.__wrapped__() is ExpertKernel.BF16_AMX
+needs_amx = pytest.mark.skipif(ExpertKernel.BF16_AMX not in KERNELS, reason="this CPU has no AMX")
+
+
+@needs_amx
+def test_weights_are_reordered_for_amx_where_they_are():
     weight = torch.randn(3, 64, 96).bfloat16()
-    expected = ops.cpu_prepack_moe_weight(weight, "amx")
+    place, expected = weight.data_ptr(), ops.cpu_prepack_moe_weight(weight, "amx")
     packed = cpu_ops.pack_weight(ExpertKernel.BF16_AMX, weight)
-    assert packed.data_ptr() == weight.data_ptr()
+    assert packed.data_ptr() == place
     assert torch.equal(packed.view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.skipif(ExpertKernel.BF16_AMX not in KERNELS, reason="this CPU has no AMX")
-def test_a_kernel_for_amx_that_fails_its_probe_is_left_out_with_a_line(monkeypatch):
+@needs_amx
+def test_platform_has_amx_where_its_kernel_passes_the_probe():
+    assert cpu_probe.probe(ExpertKernel.BF16_AMX) is None
+    assert detect_platform().has_amx and methods.usable_platform().has_amx
+
+
+@needs_amx
+@pytest.mark.parametrize("fault", ["layout", "refused"])
+def test_platform_that_cannot_use_its_amx_says_so(monkeypatch, fault):
     said = []
     monkeypatch.setattr(methods.logger, "warning", lambda text, *given: said.append(text % given))
     monkeypatch.setattr(methods, "probe", cpu_probe.probe.__wrapped__)
-    monkeypatch.setattr(cpu_probe.ops, "cpu_prepack_moe_weight", lambda weight, isa: weight.flip(1))
-    assert methods.bf16_kernel.__wrapped__() is ExpertKernel.BF16
-    assert ["lays its weights out otherwise" in line for line in said] == [True]
+    if fault == "layout":
+        monkeypatch.setattr(
+            cpu_probe.ops, "cpu_prepack_moe_weight", lambda weight, isa: weight.flip(1)
+        )
+    else:
+        monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    methods.kernel_problem.cache_clear()
+    platform = methods.usable_platform.__wrapped__()
+    methods.kernel_problem.cache_clear()
+    reason = {"layout": "vLLM lays its weights out otherwise than is known here"}.get(
+        fault, "Linux refuses AMX"
+    )
+    assert not platform.has_amx and platform.name == "cpu-avx512"
+    assert dict(platform.broken) == {("bf16", "cpu_fused_moe"): reason}
+    name = "the kernel cpu_fused_moe for bf16 of this vLLM is not used"
+    assert said[-1] == f"{name}: {reason}"
+
+
+@needs_amx
+@pytest.mark.parametrize("scratch_bytes", [1, 8000])
+def test_amx_takes_many_tokens_some_at_a_time(monkeypatch, scratch_bytes):
+    _, _, packed = make_group(ExpertKernel.BF16_AMX, 4, 0)
+    x = torch.randn(33, HIDDEN).bfloat16()
+    ids = torch.rand(33, 4).argsort(1)[:, :2].int()
+    given = (x, torch.rand(33, 2), ids, None, packed, [ExpertKernel.BF16_AMX], [0, 0])
+    expected = mixed_experts(*given)
+    monkeypatch.setattr(cpu_ops, "_AMX_SCRATCH_BYTES", scratch_bytes)
+    assert torch.equal(mixed_experts(*given), expected)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from vllm_mixprec.checkpoint.formats import FORMATS
 from vllm_mixprec.checkpoint.stream import read_tensors
 from vllm_mixprec.quant import cpu_linear
 from vllm_mixprec.quant.cpu import CpuExpertsMethod, CpuFp8ChannelExpertsMethod
+from vllm_mixprec.quant.cpu_ops import ExpertKernel
 from vllm_mixprec.quant.experts import holder_of
 from vllm_mixprec.quant.methods import linear_method
 from vllm_mixprec.routing import Platform, RouteTable, missing_kernel
@@ -116,8 +117,10 @@ def test_views_name_the_kernel_that_was_installed(served: Served) -> None:
         for module, method in own.items():
             parts = [part for part in shown[layer] if is_in(module, part)]
             assert parts  # several of an expert whose projections are in groups of several sizes
-            of_experts = isinstance(method, CpuExpertsMethod) and "fused_experts_cpu"
-            kernel = INSTALLED.get(type(method)) or of_experts
+            kernel = INSTALLED.get(type(method))
+            if isinstance(method, CpuExpertsMethod) and kernel is None:
+                in_amx = method.kernel is ExpertKernel.BF16_AMX
+                kernel = "cpu_fused_moe" if in_amx else "fused_experts_cpu"
             is_widened = served.table.routes[module].widened
             for part in parts:
                 assert (part.kernel, part.reason is not None) == (kernel, is_widened), module

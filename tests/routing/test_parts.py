@@ -76,6 +76,26 @@ def test_experts_that_do_not_fill_the_kernels_tiles_are_vllms_own(ranks: int, ke
     assert experts.kernel == kernel
 
 
+@pytest.mark.parametrize(
+    ("experts", "ranks", "is_split", "kernel"),
+    [
+        ((1 << 15) - 1, 1, False, "cpu_fused_moe"),
+        (1 << 15, 1, False, "fused_experts_cpu"),  # 2 x 128 x 256 weights each are 2^31
+        (1 << 15, 2, False, "cpu_fused_moe"),
+        ((1 << 16) - 1, 2, True, "fused_experts_cpu"),
+    ],
+)
+def test_experts_of_a_cpu_with_amx(experts: int, ranks: int, is_split: bool, kernel: str) -> None:
+    table = load_route_table(make_plan(), platform=replace(CPU, has_amx=True))
+    table = replace(
+        table,
+        base_config={**table.base_config, "num_experts": experts},
+        layout=Layout(tensor_parallel_size=ranks, expert_parallel=is_split),
+    )
+    (shown,) = [part for part in layer_parts(table)[0] if part.kind == "routed_experts"]
+    assert shown.kernel == kernel
+
+
 def test_an_expert_of_another_rank_than_two_has_a_row(tmp_path: Path) -> None:
     """A damaged base; the loader refuses it."""
     name = "model.layers.1.mlp.experts.6.gate_proj.weight"

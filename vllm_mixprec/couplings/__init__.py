@@ -10,7 +10,7 @@ compares them with the imports of the package. vLLM itself is imported only insi
 from collections.abc import Iterable
 
 from vllm_mixprec.couplings.base import Coupling, find_problem
-from vllm_mixprec.couplings.kernels import KERNELS
+from vllm_mixprec.couplings.kernels import AMX, KERNELS
 from vllm_mixprec.couplings.layers import LAYERS
 from vllm_mixprec.couplings.loading import LOADING
 from vllm_mixprec.couplings.patching import PATCHING
@@ -30,7 +30,7 @@ __all__ = [
 SERVING: tuple[Coupling, ...] = (*STARTUP, *LAYERS, *LOADING, *KERNELS)
 """Those without which no plan is served."""
 
-COUPLINGS: tuple[Coupling, ...] = (*SERVING, *STATISTICS, *PATCHING)
+COUPLINGS: tuple[Coupling, ...] = (*SERVING, *AMX, *STATISTICS, *PATCHING)
 
 TESTED_VLLM = ((0, 32), (0, 34))
 """Versions that the package is tested with: from the first, inclusive, to the second."""

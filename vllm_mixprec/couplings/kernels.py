@@ -93,6 +93,10 @@ KERNELS: tuple[Coupling, ...] = (
         ),
         family="cpu-avx512",
     ),
+)
+
+# Without these bf16 experts run in fused_experts_cpu.
+AMX: tuple[Coupling, ...] = (
     Coupling(
         "vllm._custom_ops:cpu_prepack_moe_weight",
         "reorders bf16 weights for AMX; compared with what is done in its place",

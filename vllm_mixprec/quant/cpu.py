@@ -48,7 +48,7 @@ _PACKED = "mixprec_packed"  # attribute of a layer: the slots of the experts tha
 
 
 class CpuExpertsMethod(FusedMoEMethodBase):
-    """Routed experts of one format through ``fused_experts_cpu``; a subclass for each format."""
+    """Routed experts of one format through vLLM's kernels; a subclass for each format."""
 
     kernel: ExpertKernel
 

@@ -5,8 +5,8 @@ vLLM 0.32 ships ``fused_experts_cpu`` (csrc/cpu/sgl-kernels/moe.cpp) for bf16, F
 but offers it only on CPUs with AMX tiles. The kernels themselves run on AVX512_BF16 without AMX;
 where there is AMX, bf16 runs faster in ``cpu_fused_moe`` (csrc/cpu/cpu_fused_moe.cpp).
 :mod:`.cpu_probe` runs each on a known case before it is trusted. Their traps, all avoided here: an
-expert id of -1 crashes them, an empty batch divides by zero, and non-contiguous ids or weights give
-wrong results without an error.
+expert id of -1 crashes them, an empty batch divides by zero, non-contiguous ids or weights give
+wrong results without an error, and so do more weights or tokens than ``cpu_fused_moe`` can count.
 """
 
 from collections.abc import Iterator
@@ -40,8 +40,9 @@ _TENSORS: dict[int, int] = {
     ExpertKernel.BF16_AMX: 2,
 }
 
-_AMX = "amx"
 _AMX_ROWS = 16  # of a tile
+_AMX_SCRATCH_BYTES = 1 << 28
+"""Of one call of ``cpu_fused_moe``, which counts them in 32 bits and keeps what it took."""
 _BLOCK_ROWS = 32  # output features that a packed weight has together
 _FP8_BLOCK_COLUMNS = 128
 _MAGNITUDES = 0x7F7F7F7F7F7F7F7F  # of eight E4M3 codes: all but their signs
@@ -144,10 +145,9 @@ def _run(
     """Run one kernel: ``x`` (M, H), ``weights`` float32 and ``ids`` int32 (M, k) of local slots."""
     if kernel == ExpertKernel.FP8_CHANNEL:
         return _run_one_by_one(x, weights, ids, tensors)
-    out = torch.empty_like(x)
     if kernel == ExpertKernel.BF16_AMX:
-        torch.ops._C.cpu_fused_moe(out, x, *tensors, None, None, weights, ids, False, "silu", _AMX)
-        return out
+        return _run_amx(x, weights, ids, *tensors)
+    out = torch.empty_like(x)
     scales = tensors[2:4] if len(tensors) > 2 else (None, None)
     zeros = tensors[4:6] if len(tensors) > 4 else (None, None)
     # The dispatcher is called directly: the Python wrapper of vLLM costs as much again per call.
@@ -155,6 +155,24 @@ def _run(
         *(out, x, tensors[0], tensors[1], weights, ids, kernel, *scales, *zeros, None),
         *(block or None, None, None, None, None, True),
     )
+    return out
+
+
+def _run_amx(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
+) -> torch.Tensor:
+    """Run bf16 experts in AMX, so many tokens at a time as the kernel can."""
+    out = torch.empty_like(x)
+    hidden, inner = w2.shape[1:]
+    # It keeps each chosen expert's activations and its output, which is float32.
+    pair_bytes = x.itemsize * inner + 4 * hidden
+    rows = max(1, _AMX_SCRATCH_BYTES // (ids.shape[1] * pair_bytes))
+    for start in range(0, len(x), rows):
+        some = slice(start, start + rows)
+        torch.ops._C.cpu_fused_moe(
+            *(out[some], x[some], w13, w2, None, None, weights[some], ids[some]),
+            *(False, "silu", "amx"),
+        )
     return out
 
 

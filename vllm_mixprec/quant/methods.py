@@ -29,8 +29,14 @@ from vllm_mixprec.quant.cpu_ops import ExpertKernel
 from vllm_mixprec.quant.cpu_probe import probe, probe_int4_w16
 from vllm_mixprec.quant.expert_parameters import is_plain_silu
 from vllm_mixprec.quant.int4_blocks import Int4Layout
-from vllm_mixprec.routing.kernels import KERNELS
-from vllm_mixprec.routing.platform import INT4_W16, PLATFORM_VARIABLE, Platform, detect_platform
+from vllm_mixprec.routing.kernels import KERNELS, bf16_experts_kernel
+from vllm_mixprec.routing.platform import (
+    AMX_EXPERTS,
+    INT4_W16,
+    PLATFORM_VARIABLE,
+    Platform,
+    detect_platform,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -87,7 +93,7 @@ def experts_method(
     """Return the method of routed experts that are all of ``scheme``."""
     if platform.name == "cpu-avx512" and (scheme.is_quantized or _fast_bf16(scheme, layer)):
         if scheme.format == "bf16":
-            return cpu.CpuBf16ExpertsMethod(scheme, layer, bf16_kernel())
+            return cpu.CpuBf16ExpertsMethod(scheme, layer, _bf16_kernel(platform, layer))
         return _CPU_EXPERTS[scheme.format](scheme, layer)
     moe = layer.moe_config
     if not scheme.is_quantized:
@@ -107,7 +113,7 @@ def experts_method(
 
 
 def _fast_bf16(scheme: Scheme, layer: "RoutedExperts") -> bool:
-    """Whether ``fused_experts_cpu`` can run these unquantised experts; stock's kernel runs any."""
+    """Whether our kernels can run these unquantised experts; stock's runs any, without AMX."""
     moe = layer.moe_config
     return (
         scheme.format == "bf16"
@@ -121,28 +127,23 @@ def _fast_bf16(scheme: Scheme, layer: "RoutedExperts") -> bool:
     )
 
 
-@cache
-def bf16_kernel() -> ExpertKernel:
-    """The kernel of bf16 experts: that for AMX where the CPU has it, or a line that says why not.
-
-    It takes 0.8 to 0.95 of the other's time (1 to 512 tokens, two cores of an Intel Xeon).
-    """
-    if not amx_permission.apply():
-        return ExpertKernel.BF16
-    problem = probe(ExpertKernel.BF16_AMX)
-    if problem is None:
-        return ExpertKernel.BF16_AMX
-    logger.warning("bf16 experts are run without this vLLM's kernel for AMX: %s", problem)
-    return ExpertKernel.BF16
+def _bf16_kernel(platform: Platform, layer: "RoutedExperts") -> ExpertKernel:
+    moe = layer.moe_config
+    experts = -(-moe.num_experts // moe.moe_parallel_config.ep_size)
+    weights = experts * 2 * moe.intermediate_size_per_partition * moe.hidden_dim
+    in_amx = bf16_experts_kernel(platform, weights) == AMX_EXPERTS
+    return ExpertKernel.BF16_AMX if in_amx else ExpertKernel.BF16
 
 
 @cache
 def kernel_problem(format: str, kernel: str | None = None) -> str | None:
     """Why a format's compiled CPU kernel cannot be trusted here; None if it can.
 
-    Runs the kernel's probe, once a process. ``kernel`` is its name; None of bf16's, which
-    ``KERNELS`` does not list.
+    Runs the kernel's probe, once a process. ``kernel`` is its name; None of bf16's without AMX,
+    which ``KERNELS`` does not list.
     """
+    if kernel == AMX_EXPERTS:
+        return probe(ExpertKernel.BF16_AMX) if amx_permission.apply() else "Linux refuses AMX"
     if kernel == INT4_W16:
         return probe_int4_w16(format)
     if detect_platform().name != "cpu-avx512":
@@ -227,15 +228,20 @@ def usable_platform() -> Platform:
     if not platform.name.startswith("cpu-"):
         return platform
     failed = dict(platform.broken)
-    for (family, format), kernels in KERNELS.items():
-        for kernel in kernels if family == platform.family else ():
-            if (format, kernel.name) in failed:
-                continue
-            problem = kernel_problem(format, kernel.name)
-            if problem is not None:
-                name = f"{kernel.name} for {format}"
-                logger.warning("the kernel %s of this vLLM is not used: %s", name, problem)
-                failed[format, kernel.name] = problem
+    probed = [
+        (format, kernel.name)
+        for (family, format), kernels in KERNELS.items()
+        for kernel in kernels
+        if family == platform.family
+    ]
+    for format, kernel in (*probed, *([("bf16", AMX_EXPERTS)] if platform.has_amx else ())):
+        if (format, kernel) in failed:
+            continue
+        problem = kernel_problem(format, kernel)
+        if problem is not None:
+            name = f"{kernel} for {format}"
+            logger.warning("the kernel %s of this vLLM is not used: %s", name, problem)
+            failed[format, kernel] = problem
     return platform.without(failed)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vllm_mixprec.checkpoint.formats import Scheme
 from vllm_mixprec.routing.fused import Kind
-from vllm_mixprec.routing.platform import INT4_W16, Platform
+from vllm_mixprec.routing.platform import AMX_EXPERTS, INT4_W16, Platform
 from vllm_mixprec.routing.structure import PLAIN_EXPERT, ExpertArithmetic
 
 # Says why a weight of (N, K) on one rank cannot run packed, or None when it can.
@@ -161,6 +161,9 @@ def _marlin_tiles(n: int, k: int) -> str | None:
     return None
 
 
+FUSED_EXPERTS = "fused_experts_cpu"
+"""Name of the kernel of all experts on a CPU with AVX512_BF16 but those of ``AMX_EXPERTS``."""
+
 # What vLLM 0.32's unquantised experts compute on a CPU (fused_moe/experts/cpu_moe.py); swigluoai is
 # left out, which takes gate and up in turns.
 _CPU_ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh"})
@@ -257,6 +260,16 @@ def _refusal(
     rule = kernel.experts if kind == "experts" else kernel.linear
     assert rule is not None, f"{kernel.name} is for linears only"
     return rule(platform, scheme, *shape_per_rank)
+
+
+def bf16_experts_kernel(platform: Platform, weights: int) -> str:
+    """Name the kernel of unquantised experts on a CPU with AVX512_BF16.
+
+    Args:
+        weights: of gate and up of all experts that a rank holds of a layer. vLLM's kernel for AMX
+            counts them in 32 bits (csrc/cpu/cpu_fused_moe.cpp), and reads elsewhere beyond.
+    """
+    return AMX_EXPERTS if platform.has_amx and weights < 1 << 31 else FUSED_EXPERTS
 
 
 _ON_A_GPU = "Serve this model on a GPU (check and compose for one: --platform cuda-90)."

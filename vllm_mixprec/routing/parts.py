@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_mixprec.routing.findings import format_bytes
 from vllm_mixprec.routing.fused import leaf_name, parse_expert
+from vllm_mixprec.routing.kernels import FUSED_EXPERTS, bf16_experts_kernel
 from vllm_mixprec.routing.kinds import (
     KIND_LABELS,
     KINDS,
@@ -136,30 +137,34 @@ def _kernel_of(table: RouteTable, route: Route) -> str:
     platform, is_expert = table.platform, parse_expert(route.module) is not None
     if route.served.is_quantized:
         if is_expert and platform.family == "cpu-avx512" and route.served.format != "fp8_channel":
-            return "fused_experts_cpu"  # one operator for all other formats (quant/cpu_ops.py)
+            return FUSED_EXPERTS  # one operator for all other formats (quant/cpu_ops.py)
         assert route.kernel is not None, f"{route.module} is served packed by no kernel"
         return route.kernel
-    return "fused_experts_cpu" if is_expert and _has_fast_bf16(table, route) else _OWN
+    return (is_expert and _fast_bf16(table, route)) or _OWN
 
 
-def _has_fast_bf16(table: RouteTable, route: Route) -> bool:
-    """Whether unquantised experts run in our CPU kernel, as quant/methods.py decides it."""
-    layout = table.layout
-    arithmetic = ModelDims.from_config(table.base_config).expert_arithmetic(route.module)
-    if len(route.shape) != 2:
-        return False
+def _fast_bf16(table: RouteTable, route: Route) -> str | None:
+    """Name our CPU kernel of unquantised experts, as quant/methods.py does; None of others."""
+    layout, dims = table.layout, ModelDims.from_config(table.base_config)
+    if table.platform.family != "cpu-avx512" or len(route.shape) != 2:
+        return None
     rows, columns = route.shape
     if leaf_name(route.module) in ("down_proj", "w2"):
         rows, columns = columns, rows
-    cut = 1 if layout.expert_parallel else layout.tensor_parallel_size
-    return (
-        table.platform.family == "cpu-avx512"
-        and table.base_scheme.format == "bf16"
-        and arithmetic.is_plain
-        and "bias" not in route.tensors
-        and rows // cut % 32 == 0
-        and columns % 32 == 0
-    )
+    experts, ranks = dims.num_experts or 1, layout.expert_ranks
+    if layout.expert_parallel:
+        experts = -(-experts // ranks)
+    else:
+        rows //= ranks
+    if (
+        table.base_scheme.format != "bf16"
+        or not dims.expert_arithmetic(route.module).is_plain
+        or "bias" in route.tensors
+        or rows % 32
+        or columns % 32
+    ):
+        return None
+    return bf16_experts_kernel(table.platform, experts * 2 * rows * columns)
 
 
 def fold_layers(table: RouteTable) -> tuple[LayerRange, ...]:

@@ -23,12 +23,13 @@ _CPU_FLAGS = frozenset({"avx512f", "avx512_bf16", "avx512_vnni"})
 # _C_AVX2 has no such operator).
 _AVX512_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 
-_DISPATCHED_FLAGS = (
-    _CPU_FLAGS | _AVX512_FLAGS | {"avx2", "amx_tile", "amx_bf16", "amx_fp16", "amx_int8"}
-)
+_AMX_FLAGS = frozenset({"amx_tile", "amx_bf16"})
+_DISPATCHED_FLAGS = _CPU_FLAGS | _AVX512_FLAGS | _AMX_FLAGS | {"avx2", "amx_fp16", "amx_int8"}
 
 INT4_W16 = "cpu_gemm_wna16"
 """Name of the kernel for int4 linears that needs AVX512F only."""
+AMX_EXPERTS = "cpu_fused_moe"
+"""Name of the kernel for bf16 experts that needs AMX."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +37,17 @@ class Platform:
     """A kind of machine: ``cpu-avx512``, ``cpu-other``, ``cuda-90`` (compute 9.0), ``other``.
 
     ``broken`` maps a format and one of its kernels to why that is not used here, though the kind of
-    machine has it.
+    machine has it. With ``has_amx`` a ``cpu-avx512`` runs bf16 experts in AMX.
     """
 
     name: str
     broken: tuple[tuple[tuple[str, str], str], ...] = ()
+    has_amx: bool = False
 
     def without(self, broken: Mapping[tuple[str, str], str]) -> Platform:
         """Return this platform less some kernels: (format, kernel's name) -> reason."""
-        return Platform(self.name, tuple(sorted(broken.items())))
+        has_amx = self.has_amx and ("bf16", AMX_EXPERTS) not in broken
+        return Platform(self.name, tuple(sorted(broken.items())), has_amx)
 
     @property
     def family(self) -> str:
@@ -86,7 +89,7 @@ def _detect() -> Platform:
         return Platform("other")
     flags = _cpu_flags()
     if flags >= _CPU_FLAGS:
-        return Platform("cpu-avx512")
+        return Platform("cpu-avx512", has_amx=flags >= _AMX_FLAGS)
     platform = Platform("cpu-other")
     if flags >= _AVX512_FLAGS:
         return platform
