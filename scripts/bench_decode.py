@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure decode and prefill of mixed models against stock vLLM, side by side in real engines.
 
-    python scripts/bench_decode.py            # nine engines of 0.4 to 1.3 GB, seven rounds
-    python scripts/bench_decode.py --quick    # a two-layer model, three rounds
+    python scripts/bench_decode.py                    # nine engines, seven rounds
+    python scripts/bench_decode.py --only bf16,int4   # two of them, and stock's
+    python scripts/bench_decode.py --quick            # a two-layer model, three rounds
 
 All engines are started once, compiled as in production, and stay alive; a round measures each of
 them once, in an order that changes from round to round, so that what else the machine does hits all
@@ -207,7 +208,7 @@ def main() -> None:
         metavar="NAME,...",
         type=lambda text: text.split(","),
         default=list(MODELS),
-        help=f"some of {', '.join(MODELS)}; an engine takes 2 to 3 GB",
+        help=f"some of {', '.join(MODELS)}; an engine takes 2 to 3 GB (default all)",
     )
     parser.add_argument("--models", type=Path, help="folder of the models (default runs/synthetic)")
     parser.add_argument("--json", type=Path, help="default runs/bench_decode[_quick].json")
