@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from tests.cli.conftest import MODELS
-from tests.routing.models import edit_tensors
+from tests.routing.models import FIXTURES, edit_tensors
 from vllm_mixprec.checkpoint import open_checkpoint
 
 
@@ -186,10 +186,14 @@ def test_checkpoint_has_no_options_of_serving(run):
 def test_plan_has_no_revision(run, mixed_plan):
     result = run("inspect", mixed_plan, "--revision", "main")
     assert result.code == 2 and result.out == ""
-    assert "a plan, whose sources name theirs" in result.err
+    assert f"the sources of the plan {mixed_plan} name theirs" in result.err
 
 
 def test_plan_that_cannot_be_served_so_is_refused(run, mixed_plan):
     result = run("inspect", mixed_plan, "-pp", "5")
     assert result.code == 1 and result.out == ""
     assert "pipeline parallel size 5 is more than the model's" in result.err
+
+
+def test_dense_model_has_no_experts(run):
+    assert "experts       none" in run("inspect", FIXTURES.parent / "formats" / "awq").out

@@ -110,7 +110,7 @@ def add_platform(parser: argparse.ArgumentParser) -> None:
         "--platform",
         metavar="NAME",
         type=_platform,
-        help=f"whose kernels count: {_PLATFORMS}; default: this machine",
+        help=f"whose kernels count: {_PLATFORMS}; a CPU so named has no AMX; default: this machine",
     )
 
 

@@ -382,7 +382,7 @@ def _print(diagnosis: Diagnosis) -> None:
     tested = "in the tested range" if vllm["tested"] else "not in the tested range"
     print(f"vllm-mixprec  {vllm_mixprec.__version__}, {Path(vllm_mixprec.__file__).parent}")
     print(f"vLLM          {f'{names}, {tested}' if vllm['importable'] else 'not installed'}")
-    print(f"platform      {diagnosis.platform.name}")
+    print(f"platform      {diagnosis.platform.label}")
     for entry in diagnosis.entry_points:
         state = "registered" if entry["registered"] else "not registered"
         print(f"plug-in       {entry['name']} of {entry['group']} is {state}")

@@ -107,7 +107,7 @@ def _refuse_options(arguments: argparse.Namespace, plan: Path | None) -> None:
     """Refuse what would change nothing of what is shown."""
     if plan is not None and arguments.revision is not None:
         arguments.parser.error(
-            f"--revision is of a hub id; {arguments.source} is a plan, whose sources name theirs"
+            f"--revision is of a hub id; the sources of the plan {plan} name theirs"
         )
     is_served = arguments.platform is not None or layout_of(arguments) != Layout()
     if plan is None and is_served:
@@ -173,6 +173,8 @@ def _print_model(path: Path, described: Mapping[str, Any]) -> None:
     if described["num_mtp_layers"]:
         layers += f"; {described['num_mtp_layers']} for multi-token prediction (MTP)"
     experts = f"{described['num_experts']}, {described['num_experts_per_tok']} a token"
+    if described["num_experts"] is None:
+        experts = "none"
     if described["num_shared_experts"]:
         experts += f", {described['num_shared_experts']} shared"
     print(path)
@@ -245,7 +247,7 @@ def describe_plan(path: Path, table: RouteTable) -> dict[str, Any]:
 
 def _print_plan(path: Path, table: RouteTable) -> None:
     _print_model(path, describe_model(table.base_config, table.routes))
-    print(f"  base          {table.plan.base}, served on {table.platform.name}")
+    print(f"  base          {table.plan.base}, served on {table.platform.label}")
     rows = []
     for layers in fold_layers(table):
         where = layers.label

@@ -50,6 +50,11 @@ class Platform:
         return Platform(self.name, tuple(sorted(broken.items())), has_amx)
 
     @property
+    def label(self) -> str:
+        """The name, and what it leaves open."""
+        return f"{self.name} with AMX" if self.has_amx else self.name
+
+    @property
     def family(self) -> str:
         """The part that selects kernels: ``cuda`` for every CUDA device, else the name."""
         return "cuda" if self.name.startswith("cuda-") else self.name
